@@ -1,0 +1,190 @@
+"""What the public API asks of a runtime. Two things implement it: the process inside a cluster, and the remote client.
+
+One process-wide slot (`shoal.runtime.slot`) holds the current one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shoal.control.messages import ActorInfo, JobInfo, StatusReply
+from shoal.scheduling.views import Amounts, Strategy
+
+if TYPE_CHECKING:
+    from shoal.runtime.object_ref import ObjectRef
+
+
+class TaskTemplate:
+    """A remote function with its options settled: what all calls of one `f` or `f.options(...)` share.
+
+    The API makes one per decorated function and one per `.options()` call and passes the same instance each time;
+    a runtime keeps what it prepared for it (pickled code, scheduling class) in `bound`.
+
+    Attributes:
+        function: the user's callable.
+        name: for people; default is the function's qualified name.
+        num_returns: 0 (`remote` returns None), 1 (a ref) or n (a list of refs).
+        resources: what one running call holds.
+        max_retries: accepted; -1 is unlimited.
+        env_vars: of the task's runtime_env, merged over the job's.
+    """
+
+    __slots__ = ("bound", "env_vars", "function", "max_calls", "max_retries", "name", "num_returns", "resources", "retry_exceptions", "strategy")  # fmt: skip
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str,
+        num_returns: int = 1,
+        resources: Amounts,
+        strategy: Strategy = Strategy(),
+        max_retries: int = 3,
+        retry_exceptions: bool | tuple[type[BaseException], ...] = False,
+        max_calls: int = 0,
+        env_vars: Mapping[str, str] | None = None,
+    ) -> None:
+        self.function = function
+        self.name = name
+        self.num_returns = num_returns
+        self.resources = resources
+        self.strategy = strategy
+        self.max_retries = max_retries
+        self.retry_exceptions = retry_exceptions
+        self.max_calls = max_calls
+        self.env_vars = dict(env_vars or {})
+        self.bound: Any = None
+
+
+class ActorTemplate:
+    """An actor class with its options settled; `bound` as in `TaskTemplate`.
+
+    Attributes:
+        cls: the user's plain class.
+        resources: held for life. placement: needed to be placed (1 CPU when the user asked for nothing at all).
+        max_concurrency: 0 = default (1 for a synchronous class, 1000 for one with `async def` methods).
+        methods: name -> options of every public method, as the handle needs them.
+        handle: opaque bytes from which the API can rebuild a handle (for `get_actor`).
+    """
+
+    __slots__ = ("bound", "cls", "detached", "env_vars", "get_if_exists", "handle", "is_async", "max_concurrency", "max_restarts", "max_task_retries", "methods", "name", "namespace", "placement", "resources", "strategy")  # fmt: skip
+
+    def __init__(
+        self,
+        cls: type,
+        *,
+        methods: Mapping[str, MethodTemplate],
+        resources: Amounts,
+        placement: Amounts,
+        strategy: Strategy = Strategy(),
+        name: str | None = None,
+        namespace: str | None = None,
+        detached: bool | None = None,
+        get_if_exists: bool = False,
+        max_restarts: int = 0,
+        max_task_retries: int = 0,
+        max_concurrency: int = 0,
+        is_async: bool = False,
+        env_vars: Mapping[str, str] | None = None,
+        handle: bytes = b"",
+    ) -> None:
+        self.cls = cls
+        self.methods = dict(methods)
+        self.resources = resources
+        self.placement = placement
+        self.strategy = strategy
+        self.name = name
+        self.namespace = namespace
+        self.detached = detached
+        self.get_if_exists = get_if_exists
+        self.max_restarts = max_restarts
+        self.max_task_retries = max_task_retries
+        self.max_concurrency = max_concurrency
+        self.is_async = is_async
+        self.env_vars = dict(env_vars or {})
+        self.handle = handle
+        self.bound: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class MethodTemplate:
+    """A method of an actor with its options. `name` is the attribute; `label` is for people ("Counter.add")."""
+
+    name: str
+    label: str
+    num_returns: int = 1
+    max_task_retries: int = 0
+
+
+class ActorClient(Protocol):
+    """A process's one connection point to one actor; it lives as long as some handle in this process does."""
+
+    @property
+    def actor_id(self) -> bytes: ...
+
+    def call(self, method: MethodTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Submit one call, in order after those submitted before; returns what `TaskTemplate.num_returns` says."""
+
+    def location(self) -> tuple[bytes, bytes, bool]:
+        """(actor id, home node id, weak): what a pickled handle carries; give it to `Runtime.borrow_actor`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextData:
+    """Where the calling code runs. Ids are binary; b"" or "" where there is none (a driver has no task)."""
+
+    job_id: bytes
+    node_id: bytes
+    worker_id: bytes
+    task_id: bytes = b""
+    task_name: str = ""
+    function_name: str = ""
+    actor_id: bytes = b""
+    actor_name: str = ""
+    namespace: str = ""
+    node_ip: str = ""
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+    control_address: str = ""
+    session_dir: str = ""
+    assigned: Amounts = field(default_factory=dict)
+    devices: Mapping[str, Sequence[int]] = field(default_factory=dict)  # "GPU" -> device numbers
+    restarts: int = 0  # of the current actor
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+    is_driver: bool = True
+
+
+class Runtime(Protocol):
+    """All methods may be called from any thread and raise `shoal.exceptions`."""
+
+    @property
+    def job(self) -> JobInfo: ...
+    def submit_task(self, template: TaskTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def create_actor(self, template: ActorTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ActorClient, bytes]:  # fmt: skip
+        """Returns the client and the handle bytes of the actor (the existing actor's when get_if_exists found one)."""
+
+    def borrow_actor(self, actor_id: bytes, home: bytes, weak: bool = False) -> ActorClient: ...
+    def find_actor(self, name: str, namespace: str | None) -> ActorInfo:
+        """Raises ValueError when there is no such actor alive or pending."""
+
+    def list_actors(self, *, named_only: bool, namespace: str) -> list[ActorInfo]: ...
+    def kill_actor(self, actor_id: bytes, *, no_restart: bool) -> None: ...
+    def cancel(self, ref: ObjectRef[Any], *, force: bool, recursive: bool) -> None: ...
+    def put(self, value: Any) -> ObjectRef[Any]: ...
+    def get(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None) -> list[Any]:
+        """Values in the order of `refs`; raises the first error found, GetTimeoutError after `timeout_s`."""
+
+    def wait(
+        self, refs: Sequence[ObjectRef[Any]], num_returns: int, timeout_s: float | None, fetch_local: bool
+    ) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]: ...
+    def status(self) -> StatusReply: ...
+    def context(self) -> ContextData: ...
+    def kv_put(self, space: str, key: bytes, value: bytes, *, overwrite: bool) -> bool: ...
+    def kv_get(self, space: str, key: bytes) -> bytes | None: ...
+    def kv_delete(self, space: str, key: bytes, *, by_prefix: bool) -> int: ...
+    def kv_list(self, space: str, prefix: bytes) -> list[bytes]: ...
+    def exit_actor(self) -> None:
+        """Inside an actor: end it once the current call has returned; raises to leave the method at once."""
+
+    def shutdown(self) -> None: ...

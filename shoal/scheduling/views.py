@@ -1,0 +1,60 @@
+"""Frozen values that scheduling decisions read and that travel inside messages.
+
+Amounts are integers in steps of 1/10000 of a unit (`UNIT`), so that sums of fractions stay exact.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+UNIT: Final = 10_000
+
+Amounts = dict[str, int]
+"""Resource name -> amount in 1/10000 units. "memory" and "object_store_memory" count bytes * 10000 as well."""
+
+
+class Strategy(msgspec.Struct, array_like=True, frozen=True):
+    """Where a task or actor wants to run.
+
+    kind: "default" (hybrid: fill up, then spread), "spread", or "node" (affinity to `node_id`;
+    `soft` falls back to default when that node is gone or can never fit).
+    """
+
+    kind: str = "default"
+    node_id: bytes = b""
+    soft: bool = False
+    labels: dict[str, str] = {}
+
+
+class WaitReason(msgspec.Struct, array_like=True, frozen=True):
+    """Why something is not running yet. `code` is for machines, `text` completes "waiting because ...".
+
+    Codes: infeasible, busy, arguments, worker_starting, node_starting, environment, owner_gone,
+    connecting, actor_pending, actor_restarting, object_pending, store_full, transfer.
+    """
+
+    code: str
+    text: str
+
+
+class NodeView(msgspec.Struct, array_like=True, frozen=True):
+    """What a scheduler knows about one node; `total` and `available` may be a little out of date."""
+
+    node_id: bytes
+    total: Amounts
+    available: Amounts
+    labels: dict[str, str] = {}
+    draining: bool = False
+
+
+class DemandReport(msgspec.Struct, array_like=True, frozen=True):
+    """Work that one agent (or control, for actors) could not place yet; what `status` and the autoscaler read."""
+
+    name: str
+    resources: Amounts
+    count: int
+    reason: WaitReason
+    since_unix_s: float
+    job_id: bytes = b""
