@@ -2,7 +2,7 @@
 
     JobId     4   counter given by control
     ActorId  16   JobId + 12 random bytes
-    TaskId   24   JobId + 12 random bytes of the submitting process + its 8-byte counter
+    TaskId   24   JobId + first 12 bytes of the submitting process's WorkerId + its 8-byte counter
     ObjectId 28   TaskId + 4-byte index: 0 for a `put`, 1..n for the returns of a task
     NodeId, WorkerId, FunctionId  28
 
@@ -41,9 +41,14 @@ def new_actor_id(job: JobId) -> ActorId:
     return ActorId(job + os.urandom(ACTOR_BYTES - JOB_BYTES))
 
 
-def task_prefix(job: JobId) -> bytes:
-    """The first 16 bytes shared by every task id that one process makes."""
-    return job + os.urandom(PROCESS_BYTES)
+def task_prefix(job: bytes, worker: bytes) -> bytes:
+    """The first 16 bytes shared by every task and object id that one process makes."""
+    return job + worker[:PROCESS_BYTES]
+
+
+def process_of(object_id: bytes) -> bytes:
+    """The first 12 bytes of the WorkerId of the process that made the object's id, its owner."""
+    return object_id[JOB_BYTES : JOB_BYTES + PROCESS_BYTES]
 
 
 def make_task_id(prefix: bytes, counter: int) -> TaskId:

@@ -1,0 +1,675 @@
+"""Every error that shoal raises on purpose, sorted by blame: the user's code, the caller, the cluster, ourselves.
+
+Two things make errors of a cluster different from errors of a program. They travel: an instance is pickled from its
+`args` alone, so each class passes everything it keeps to `super().__init__` and writes its text in `__str__`. And one
+of them, `TaskError`, stands for an exception that somebody else's code raised in another process. That exception may
+refuse to be pickled, to be unpickled, or to be subclassed; none of that may keep the reader from seeing what happened.
+So a `TaskError` always carries text, carries the exception itself as far as it can be carried (`_pack`: whole, else in
+parts, else its nearest base class), and only where it is raised becomes an instance of the user's class as well.
+
+Rejected: raising the bare user exception (loses where it ran), and pickling the combined class (its module may be
+missing where it is read, and then not even the text would arrive).
+
+Imports nothing from shoal. Ray's names for the same errors are aliases at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from traceback import TracebackException
+
+_PACKAGE_DIR: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_MAX_TRACEBACK_CHARS: Final = 64 * 1024  # a thousand nested tasks must not make a thousand times the text
+_MAX_CHAIN: Final = 16  # exceptions carried along `__cause__`; the text shows the rest
+_HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was not made by the interpreter itself
+
+
+class ShoalError(Exception):
+    """Base of everything in this module."""
+
+
+# ------------------------------------------------------------------------------------------- the user's code raised
+
+
+class TaskError(ShoalError):
+    """A task or actor method raised. What `get` raises is this and the user's exception class at once.
+
+    Attributes:
+        function_name: qualified name, "Counter.add" for a method.
+        traceback_str: the remote traceback without shoal's own frames; at most 64 KiB of text.
+        cause: the user's exception as far as it could be carried, or None when only its text could.
+        pid, ip, node_id: where it ran; `node_id` is hex.
+        actor_repr: repr() of the actor instance, "" for a task.
+    """
+
+    def __init__(
+        self,
+        function_name: str,
+        traceback_str: str,
+        cause: BaseException | None = None,
+        pid: int = 0,
+        ip: str = "",
+        node_id: str = "",
+        actor_repr: str = "",
+    ) -> None:
+        super().__init__(function_name, traceback_str, pid, ip, node_id, actor_repr)
+        # Kept apart from `__dict__` names and from `args`, both of which belong to the user's class in a combined error.
+        self._shoal_task = (function_name, traceback_str, pid, ip, node_id, actor_repr)
+        self._shoal_cause = cause
+        self._shoal_hint = ""
+        self.__cause__ = cause
+
+    @classmethod
+    def from_exception(
+        cls, exc: BaseException, *, function_name: str, pid: int, ip: str, node_id: str, actor_repr: str = ""
+    ) -> TaskError:
+        """What a worker returns in place of a value. `exc` must still have its traceback. Never raises."""
+        return TaskError(function_name, _format(exc), exc, pid, ip, node_id, actor_repr)
+
+    @property
+    def function_name(self) -> str:
+        return self._shoal_task[0]
+
+    @property
+    def traceback_str(self) -> str:
+        return self._shoal_task[1]
+
+    @property
+    def pid(self) -> int:
+        return self._shoal_task[2]
+
+    @property
+    def ip(self) -> str:
+        return self._shoal_task[3]
+
+    @property
+    def node_id(self) -> str:
+        return self._shoal_task[4]
+
+    @property
+    def actor_repr(self) -> str:
+        return self._shoal_task[5]
+
+    @property
+    def cause(self) -> BaseException | None:
+        return self._shoal_cause
+
+    def as_raisable(self) -> TaskError:
+        """A fresh instance to raise: also an instance of the user's exception class wherever that is possible.
+
+        It is fresh each time, so that several readers of one result do not share a traceback. Plain `TaskError`s come
+        back for exceptions that steer the interpreter (KeyboardInterrupt, SystemExit, StopIteration, cancellation: they
+        meant the task, not its reader) and for classes that cannot be subclassed.
+        """
+        plain = TaskError(self.function_name, self.traceback_str, self.cause, *self._shoal_task[2:])
+        origin = _origin(self.cause)
+        if origin is None or _steers_interpreter(origin):
+            return plain
+        try:
+            combined_class = _combined_class(type(origin))
+            error = _new_combined(combined_class, origin)
+        except Exception as failure:  # the class is the user's: its metaclass and __new__ may raise anything
+            plain._shoal_hint = (
+                f"{type(origin).__qualname__} cannot be combined with TaskError ({failure}), "
+                f"so `except {type(origin).__name__}` does not match; use `except TaskError`"
+            )
+            return plain
+        error._shoal_task = self._shoal_task
+        error._shoal_cause = self._shoal_cause
+        error._shoal_hint = ""
+        error.__cause__ = self._shoal_cause
+        return error
+
+    def __str__(self) -> str:
+        function_name, traceback_str, pid, ip, node_id, actor_repr = self._shoal_task
+        actor = f", actor={actor_repr}" if actor_repr else ""
+        node = f", node={node_id[:12]}" if node_id else ""
+        hint = f"\n{self._shoal_hint}" if self._shoal_hint else ""
+        return f"{function_name}() failed (pid={pid}, ip={ip}{node}{actor})\n{traceback_str.rstrip()}{hint}"
+
+    def __repr__(self) -> str:
+        cause = self._shoal_cause
+        try:
+            inner = self.traceback_str.rstrip().rpartition("\n")[2] if cause is None else repr(cause)
+        except Exception:  # the user's __repr__
+            inner = f"<{type(cause).__qualname__}>"
+        return f"TaskError({inner})"
+
+    def __reduce__(self) -> tuple[Callable[..., TaskError], tuple[Any, ...]]:
+        combined = type(self) is not TaskError
+        return _unpack_task_error, (self._shoal_task, _pack(self._shoal_cause), combined)
+
+
+def _unpack_task_error(task: tuple[str, str, int, str, str, str], packed: bytes | None, combined: bool) -> TaskError:
+    function_name, traceback_str, *where = task
+    error = TaskError(function_name, traceback_str, _unpack(packed), *where)
+    return error.as_raisable() if combined else error
+
+
+def _origin(exc: BaseException | None) -> BaseException | None:
+    """The user's exception at the bottom of errors that passed through several tasks."""
+    for _ in range(_MAX_CHAIN):
+        if not isinstance(exc, TaskError):
+            return exc
+        exc = exc.cause
+    return None
+
+
+def _steers_interpreter(exc: BaseException) -> bool:
+    if isinstance(exc, (KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, StopAsyncIteration)):
+        return True
+    return any(c.__name__ == "CancelledError" and not issubclass(c, Exception) for c in type(exc).__mro__)
+
+
+# Weak in the combined class, which holds the user's class: classes that came by value can be collected.
+_combined: weakref.WeakValueDictionary[type, type[TaskError]] = weakref.WeakValueDictionary()
+
+
+def _combined_class(origin: type[BaseException]) -> type[TaskError]:
+    if issubclass(TaskError, origin):  # Exception itself, ShoalError: nothing to add
+        return TaskError
+    found = _combined.get(origin)
+    if found is None:
+        name = f"TaskError({origin.__name__})"
+        body = {"__module__": "shoal.exceptions", "__qualname__": name, "__doc__": origin.__doc__}
+        found = _combined[origin] = type(name, (TaskError, origin), body)
+    return found
+
+
+def _new_combined(combined: type[TaskError], origin: BaseException) -> TaskError:
+    """An instance that looks like `origin` in every attribute, made without running the user's `__init__`."""
+    error = _new_bare(combined, origin)
+    if combined is TaskError:
+        return error
+    error.__dict__.update(vars(origin))
+    _copy_slots(origin, error)
+    error.args = origin.args
+    return error
+
+
+def _new_bare(cls: type[Any], like: BaseException) -> Any:
+    builtin = next(c for c in cls.__mro__ if not c.__flags__ & _HEAP_TYPE)
+    if isinstance(like, BaseExceptionGroup):
+        return builtin.__new__(cls, like.message, like.exceptions)
+    return builtin.__new__(cls)
+
+
+def _copy_slots(source: BaseException, target: BaseException) -> None:
+    """Copy what lives outside `__dict__`: `__slots__`, and fields such as OSError.errno."""
+    for cls in type(source).__mro__:
+        if cls is BaseException:
+            return
+        for name, member in vars(cls).items():
+            if name[:2] == "__" or type(member).__name__ not in ("member_descriptor", "getset_descriptor"):
+                continue
+            try:
+                setattr(target, name, getattr(source, name))
+            except (AttributeError, TypeError):  # unset, or read-only
+                continue
+
+
+def _pack(exc: BaseException | None, depth: int = 0) -> bytes | None:
+    """`exc` and its chain as bytes that `_unpack` can read, or None when only text can travel.
+
+    The bytes are opaque to the pickle that carries them, so that what cannot be read there cannot break the rest.
+    """
+    if exc is None or depth > _MAX_CHAIN:
+        return None
+    chained = exc.__cause__ if exc.__cause__ is not None else None if exc.__suppress_context__ else exc.__context__
+    if isinstance(exc, TaskError) and chained is exc.cause:
+        chained = None  # it carries that itself
+    link = _pack(chained, depth + 1)
+    explicit = exc.__cause__ is not None
+    for attempt in (_whole, _parts, _base_class):
+        try:
+            body = attempt(exc, depth)
+            if body is not None:
+                return pickle.dumps((body, link, explicit))
+        except Exception:  # user code runs in here (__reduce__, __getstate__): whatever it raises, try the next way
+            continue
+    return None
+
+
+def _unpack(packed: bytes | None) -> BaseException | None:
+    if packed is None:
+        return None
+    try:
+        (way, body), link, explicit = pickle.loads(packed)
+        exc = _restore(way, body)
+    except Exception:  # a module that is missing here, a class that changed: the text still says what happened
+        return None
+    chained = _unpack(link)
+    if chained is not None:
+        if explicit:
+            exc.__cause__ = chained
+        else:
+            exc.__context__ = chained
+    return exc
+
+
+def _restore(way: str, body: Any) -> BaseException:
+    if way == "whole":
+        exc: BaseException = pickle.loads(body)
+        return exc
+    if way == "group":
+        cls, message, members = pickle.loads(body)
+        inner = [_unpack(member) or ShoalError(text) for member, text in members]
+        group: BaseException = cls(message, inner)
+        return group
+    cls, args, state = pickle.loads(body)
+    builtin = next(c for c in cls.__mro__ if not c.__flags__ & _HEAP_TYPE)
+    try:
+        made: BaseException = builtin.__new__(cls, *args)
+        builtin.__init__(made, *args)
+    except Exception:
+        made = builtin.__new__(cls)
+    made.args = args
+    for name, value in state.items():
+        try:
+            setattr(made, name, value)
+        except Exception:  # a property or a frozen class: its own storage is __dict__
+            made.__dict__[name] = value
+    return made
+
+
+def _whole(exc: BaseException, depth: int) -> tuple[str, Any] | None:
+    import cloudpickle
+
+    body: bytes = cloudpickle.dumps(exc)
+    # Many classes pickle but cannot be read back, because their __init__ wants other arguments than `args`.
+    back = pickle.loads(body)
+    return ("whole", body) if type(back) is type(exc) else None
+
+
+def _parts(exc: BaseException, depth: int) -> tuple[str, Any] | None:
+    """Class, args and attributes one by one; what cannot be pickled is replaced by its repr()."""
+    import cloudpickle
+
+    if isinstance(exc, BaseExceptionGroup):
+        cls: type[BaseException] = BaseExceptionGroup if not isinstance(exc, Exception) else ExceptionGroup
+        try:
+            type(exc)(exc.message, [ValueError()])
+            cloudpickle.dumps(type(exc))
+            cls = type(exc)
+        except Exception:
+            pass  # a group class of the user's with a different constructor: the plain group says the same
+        members = [(_pack(member, depth + 1), _line(member)) for member in exc.exceptions]
+        return "group", cloudpickle.dumps((cls, exc.message, members))
+    body = _portable_parts(type(exc), exc)
+    return ("parts", body)
+
+
+def _base_class(exc: BaseException, depth: int) -> tuple[str, Any] | None:
+    """The nearest base class that can travel, so that at least `except` finds it."""
+    for cls in type(exc).__mro__[1:]:
+        if cls in (Exception, BaseException, object) or not issubclass(cls, BaseException):
+            continue
+        try:
+            return "parts", _portable_parts(cls, exc)
+        except Exception:
+            continue
+    return None
+
+
+def _portable_parts(cls: type[BaseException], exc: BaseException) -> bytes:
+    import cloudpickle
+
+    state: dict[str, Any] = dict(vars(exc))
+    for base in cls.__mro__:
+        for slot in getattr(base, "__slots__", ()) if base.__flags__ & _HEAP_TYPE else ():
+            if hasattr(exc, slot):
+                state[slot] = getattr(exc, slot)
+    args = tuple(_portable(arg) for arg in exc.args)
+    body: bytes = cloudpickle.dumps((cls, args, {name: _portable(value) for name, value in state.items()}))
+    _restore("parts", body)
+    return body
+
+
+def _portable(value: Any) -> Any:
+    import cloudpickle
+
+    try:
+        pickle.loads(cloudpickle.dumps(value))
+    except Exception:  # user code runs in here
+        try:
+            return repr(value)
+        except Exception:
+            return f"<{type(value).__qualname__}>"
+    return value
+
+
+def _line(exc: BaseException) -> str:
+    try:
+        return f"{type(exc).__qualname__}: {exc}"
+    except Exception:  # the user's __str__
+        return type(exc).__qualname__
+
+
+def _format(exc: BaseException) -> str:
+    import traceback
+
+    try:
+        report = traceback.TracebackException.from_exception(exc, compact=True)
+        _strip(report)
+        text = "".join(report.format())
+    except Exception:  # the user's __str__ or a broken source loader
+        text = _line(exc) + "\n"
+    if len(text) > _MAX_TRACEBACK_CHARS:
+        half = _MAX_TRACEBACK_CHARS // 2
+        text = f"{text[:half]}\n  ... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+    return text
+
+
+def _strip(report: TracebackException) -> None:
+    """Take shoal's own frames out of a traceback and of all that it chains to; keep them where nothing else is left."""
+    todo, seen = [report], 0
+    while todo and seen < 1000:
+        seen += 1
+        one = todo.pop()
+        users = [frame for frame in one.stack if not frame.filename.startswith(_PACKAGE_DIR)]
+        if users:
+            one.stack[:] = users
+        if one.exc_type is not None and issubclass(one.exc_type, TaskError):
+            one.__cause__ = one.__context__ = None  # its text tells that part already
+        todo += [next_ for next_ in (one.__cause__, one.__context__) if next_ is not None]
+        todo += one.exceptions or ()
+
+
+class UserCodeException(ShoalError):
+    """Code that the user handed to shoal (a hook, a constructor of a plugin) raised."""
+
+
+class TaskCancelledError(ShoalError):
+    """The task was cancelled before it finished. `task_id` is hex."""
+
+    def __init__(self, task_id: str = "", text: str = "") -> None:
+        super().__init__(task_id, text)
+        self.task_id, self.text = task_id, text
+
+    def __str__(self) -> str:
+        return self.text or f"task {self.task_id} was cancelled".replace("task  was", "the task was")
+
+
+class AsyncioActorExit(ShoalError):
+    """Leaves an async actor's method when it called `exit_actor()`."""
+
+
+# -------------------------------------------------------------------------------------------------- caller's mistake
+
+
+class UnserializableError(TypeError, ShoalError):
+    """A value cannot be pickled.
+
+    Args:
+        what: the offending object, as text ("'_thread.lock' object").
+        path: where it sits in the value ("value['cfg'].lock (type Config)").
+        reason: what pickling it raised.
+    """
+
+    def __init__(self, what: str, path: str = "", reason: str = "") -> None:
+        super().__init__(what, path, reason)
+        self.what, self.path, self.reason = what, path, reason
+
+    def __str__(self) -> str:
+        where = f"; it sits at {self.path}" if self.path else ""
+        why = f" ({self.reason})" if self.reason else ""
+        return f"cannot pickle {self.what}{where}{why}"
+
+
+class GetTimeoutError(ShoalError, TimeoutError):
+    """`get` did not have every value in time. The text says what is missing and why."""
+
+
+class ActorAlreadyExistsError(ValueError, ShoalError):
+    """The name is taken in this namespace."""
+
+
+class ActorHandleNotFoundError(ValueError, ShoalError):
+    """The handle belongs to another cluster or an earlier session."""
+
+
+class PendingCallsLimitExceeded(ShoalError):
+    """A handle has `max_pending_calls` calls on their way already."""
+
+
+class RuntimeEnvSetupError(ShoalError):
+    """A runtime environment could not be built."""
+
+
+class AuthenticationError(ShoalError, PermissionError):
+    """The other side does not know the cluster's token, or we do not."""
+
+
+class VersionMismatchError(ShoalError, RuntimeError):
+    """Two sides speak different versions. The text names both."""
+
+
+class ClusterConnectionError(ShoalError, ConnectionError):
+    """No cluster answers at the address."""
+
+
+class ClusterNotFoundError(ClusterConnectionError):
+    """`address="auto"` found no running cluster."""
+
+
+class OutOfBandObjectRefSerializationError(ShoalError):
+    """A reference was pickled outside of shoal, where nobody can count it."""
+
+
+class CrossLanguageError(ShoalError):
+    """Raised in another language's worker."""
+
+
+# ---------------------------------------------------------------------------------------------- cluster's misfortune
+
+
+class WorkerCrashedError(ShoalError):
+    """The process that ran the task ended in the middle of it.
+
+    Args:
+        text: one line; "" is replaced by a general one.
+        exit_code: status, or None when a signal ended it. signal: its number, or None.
+        log_tail: the last lines that the process printed.
+    """
+
+    def __init__(
+        self, text: str = "", exit_code: int | None = None, signal: int | None = None, log_tail: Sequence[str] = ()
+    ) -> None:
+        super().__init__(text, exit_code, signal, tuple(log_tail))
+        self.text, self.exit_code, self.signal, self.log_tail = text, exit_code, signal, tuple(log_tail)
+
+    def __str__(self) -> str:
+        line = self.text or "the worker process ended while it ran the task"
+        if self.signal:
+            line += f" (killed by signal {self.signal})"
+        elif self.exit_code is not None:
+            line += f" (exit code {self.exit_code})"
+        if self.log_tail:
+            line += "; its last lines:\n  " + "\n  ".join(self.log_tail)
+        return line
+
+
+class NodeDiedError(ShoalError):
+    """The node that ran the task is gone."""
+
+
+class LocalAgentDiedError(ShoalError):
+    """The agent of this process's own node is gone, and with it this process's part in the cluster."""
+
+
+class OutOfMemoryError(ShoalError):
+    """The node was short of memory and ended the worker."""
+
+
+class ActorError(ShoalError):
+    """An actor cannot take the call. `actor_id` is hex."""
+
+    def __init__(self, error_msg: str = "", actor_id: str = "") -> None:
+        super().__init__(error_msg, actor_id)
+        self.error_msg, self.actor_id = error_msg, actor_id
+
+    def __str__(self) -> str:
+        who = f" (actor {self.actor_id})" if self.actor_id else ""
+        return (self.error_msg or "the actor failed") + who
+
+
+class ActorDiedError(ActorError):
+    """The actor is dead for good.
+
+    Args:
+        error_msg: why, in one line.
+        actor_id: hex.
+        preempted: its node was taken away on purpose.
+        actor_init_failed: its constructor raised.
+        cause: the constructor's `TaskError`, if it was that.
+    """
+
+    def __init__(
+        self,
+        error_msg: str = "",
+        actor_id: str = "",
+        preempted: bool = False,
+        actor_init_failed: bool = False,
+        cause: TaskError | None = None,
+    ) -> None:
+        super().__init__(error_msg, actor_id)
+        self.args = (error_msg, actor_id, preempted, actor_init_failed, cause)
+        self.preempted, self.actor_init_failed, self.cause = preempted, actor_init_failed, cause
+        if cause is not None:
+            self.__cause__ = cause
+
+    def __str__(self) -> str:
+        who = f" (actor {self.actor_id})" if self.actor_id else ""
+        why = f"\n{self.cause}" if self.cause is not None else ""
+        return (self.error_msg or "the actor is dead") + who + why
+
+
+class ActorUnavailableError(ActorError):
+    """The actor cannot be reached now. The call may or may not have run; a later one may succeed."""
+
+    def __str__(self) -> str:
+        who = f" (actor {self.actor_id})" if self.actor_id else ""
+        return (self.error_msg or "the actor is unavailable; the call may or may not have run") + who
+
+
+class TaskUnschedulableError(ShoalError):
+    """No node may run the task under the strategy that it was given."""
+
+
+class ActorUnschedulableError(ShoalError):
+    """No node may run the actor under the strategy that it was given."""
+
+
+class TaskPlacementGroupRemoved(ShoalError):
+    """The placement group of the task was removed."""
+
+
+class ActorPlacementGroupRemoved(ShoalError):
+    """The placement group of the actor was removed."""
+
+
+class ObjectLostError(ShoalError):
+    """A value that existed, or was promised, is gone. `object_ref_hex` names it; `reason` is one line."""
+
+    def __init__(self, object_ref_hex: str = "", reason: str = "") -> None:
+        super().__init__(object_ref_hex, reason)
+        self.object_ref_hex, self.reason = object_ref_hex, reason
+
+    def __str__(self) -> str:
+        return f"object {self.object_ref_hex} is lost" + (f": {self.reason}" if self.reason else "")
+
+
+class ObjectFetchTimedOutError(ObjectLostError):
+    """No copy could be fetched in time."""
+
+
+class ObjectFreedError(ObjectLostError):
+    """The value was freed by hand."""
+
+
+class OwnerDiedError(ObjectLostError):
+    """The process that was to produce the value is gone."""
+
+
+class ReferenceCountingAssertionError(ObjectLostError, AssertionError):
+    """The value was freed although a reference to it exists: a bug."""
+
+
+class ObjectReconstructionFailedError(ObjectLostError):
+    """The last copy is gone and the value cannot be computed again; `reason` says why."""
+
+
+class ObjectStoreFullError(ShoalError):
+    """The store has no room, and nothing in it may be evicted or spilled."""
+
+
+class OutOfDiskError(ShoalError):
+    """The disk that spilled objects go to is full."""
+
+
+class ObjectNotAvailableError(ShoalError):
+    """The store does not have the object now."""
+
+
+# --------------------------------------------------------------------------------------------------------- ourselves
+
+
+class ShoalSystemError(ShoalError):
+    """Something inside shoal went wrong; please report it."""
+
+
+class RpcError(ShoalError):
+    """A message could not be delivered or answered. `kind` is machine-readable."""
+
+    def __init__(self, text: str = "", kind: str = "") -> None:
+        super().__init__(text, kind)
+        self.text, self.kind = text, kind
+
+    def __str__(self) -> str:
+        return self.text or self.kind or "a message was not answered"
+
+
+class ObjectRefStreamEndOfStreamError(ShoalError):
+    """A stream of references has ended."""
+
+
+class StreamingGeneratorReplayInconsistentError(ShoalError):
+    """A retried generator yielded another number of values than before."""
+
+
+class ChannelError(ShoalError):
+    """A channel between actors failed."""
+
+
+class ChannelTimeoutError(ChannelError, TimeoutError):
+    """A channel between actors did not move in time."""
+
+
+class CompiledGraphCapacityExceeded(ShoalError):
+    """Too many executions of a compiled graph are on their way."""
+
+
+class DirectTransportError(ShoalError):
+    """Moving a tensor between devices failed."""
+
+
+# --------------------------------------------------------------------------------------------- names that Ray users know
+
+RayError = ShoalError
+RayTaskError = TaskError
+RayActorError = ActorError
+RaySystemError = ShoalSystemError
+LocalRayletDiedError = LocalAgentDiedError
+UnserializableException = UnserializableError
+OufOfBandObjectRefSerializationException = OutOfBandObjectRefSerializationError
+RayChannelError = ChannelError
+RayChannelTimeoutError = ChannelTimeoutError
+RayCgraphCapacityExceeded = CompiledGraphCapacityExceeded
+RayDirectTransportError = DirectTransportError
+PlasmaObjectNotAvailable = ObjectNotAvailableError

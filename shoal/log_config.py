@@ -1,0 +1,81 @@
+"""Where our own processes write what they have to say: one rotated file per process in the node's log folder.
+
+A process of ours (supervisor, control, agent) owns its root logger; a driver or worker runs somebody else's program,
+whose logging is not ours to touch: there only the logger "shoal" gets a handler, and its records stay out of the root.
+Files are opened by one process each: rotation by two processes of one file loses lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from logging.handlers import RotatingFileHandler
+from typing import Final
+
+MAX_FILE_BYTES: Final = 64 << 20
+FILES_KEPT: Final = 3
+"""Per process at most 4 x 64 MiB: days of INFO lines, and little against what workers print."""
+
+FORMAT: Final = "%(asctime)s.%(msecs)03d %(levelname)-7s %(process)d %(name)s: %(message)s"
+TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
+
+
+def configure(
+    process_name: str,
+    folder: str | os.PathLike[str],
+    level: int | str = logging.INFO,
+    *,
+    own_process: bool = True,
+) -> logging.Handler:
+    """Send log records to `<folder>/<process_name>.log`; a second call replaces what the first one set.
+
+    Args:
+        process_name: file name without suffix; "agent", "control", "driver-<pid>".
+        level: of the messages that are written, as `logging` names them ("info", "DEBUG", 20).
+        own_process: the process is one of ours, so its root logger is too; False for drivers and workers.
+    Returns:
+        The handler, for `remove` at shutdown.
+    Raises:
+        ValueError: there is no such level.
+    """
+    number = parse_level(level)
+    logger = logging.getLogger() if own_process else logging.getLogger("shoal")
+    for old in [handler for handler in logger.handlers if isinstance(handler, _ProcessLog)]:
+        remove(old)
+    handler = _ProcessLog(
+        os.path.join(folder, f"{process_name}.log"), maxBytes=MAX_FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8",
+        delay=not own_process, errors="backslashreplace",
+    )  # fmt: skip
+    handler.setFormatter(logging.Formatter(FORMAT, TIME_FORMAT))
+    handler.setLevel(number)
+    logger.addHandler(handler)
+    logger.setLevel(number)
+    if not own_process:
+        # Warnings of ours that a driver's user shall see are printed by name, not through the user's root handlers.
+        logger.propagate = False
+    return handler
+
+
+def remove(handler: logging.Handler) -> None:
+    """Undo `configure`: the user's process goes on without us."""
+    for logger in (logging.getLogger(), logging.getLogger("shoal")):
+        if handler in logger.handlers:
+            logger.removeHandler(handler)
+            if logger.name == "shoal":
+                logger.propagate = True
+                logger.setLevel(logging.NOTSET)
+    handler.close()
+
+
+def parse_level(level: int | str) -> int:
+    """Raises ValueError, naming the levels there are."""
+    if isinstance(level, int):
+        return level
+    number = logging.getLevelNamesMapping().get(level.strip().upper())
+    if number is None:
+        raise ValueError(f"no such log level: {level!r}; one of debug, info, warning, error, critical")
+    return number
+
+
+class _ProcessLog(RotatingFileHandler):
+    """Ours, so that `configure` recognises it."""

@@ -1,0 +1,183 @@
+"""Which node should run something: a pure choice over a view of the cluster.
+
+The default is a hybrid, as users of Ray know it: stay local while the local node is at most half used (no hop, warm
+workers, data at hand), then go to the least used node where it fits now. Several schedulers choose at the same time
+from views that are a little old; were they all to take the very best node, they would all hit the same one, so the
+choice is random among the best fifth. Work that needs no GPU stays away from nodes that have some.
+
+A choice that is no node says why as a `WaitReason`. Its text is made of demands and totals, not of what happens to be
+free, so that it stays the same while nothing that a person would act on has changed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from shoal.scheduling.resources import describe, describe_amount, fits, missing
+from shoal.scheduling.views import UNIT, Amounts, NodeView, Strategy, WaitReason
+
+PACK_LIMIT: Final = 0.5
+"""Utilisation of the local node above which other nodes are considered."""
+
+TOP_FRACTION: Final = 0.2
+"""Share of all nodes among which the choice is random."""
+
+_CRITICAL: Final = ("CPU", "memory", "object_store_memory")
+
+
+class Node(NamedTuple):
+    """Run it on this node, where it fits now."""
+
+    node_id: bytes
+
+
+class Busy(NamedTuple):
+    """Some node could run it, none has room now."""
+
+    reason: WaitReason
+
+
+class Infeasible(NamedTuple):
+    """No node that is there could ever run it."""
+
+    reason: WaitReason
+
+
+Choice = Node | Busy | Infeasible
+
+
+def choose_node(
+    demand: Amounts, strategy: Strategy, nodes: Sequence[NodeView], local: bytes | None, rng: random.Random
+) -> Choice:
+    """Choose a node where `demand` fits now.
+
+    Args:
+        local: the node that the default strategy prefers; None for no preference.
+    """
+    if strategy.kind == "node":
+        named = next((node for node in nodes if node.node_id == strategy.node_id), None)
+        possible = named is not None and can_ever_run(demand, strategy, named)
+        if named is not None and possible:
+            return Node(named.node_id) if fits(demand, named.available) else Busy(why_busy(demand, [named]))
+        if not strategy.soft:
+            return Infeasible(why_affinity_fails(demand, strategy, named))
+    feasible = [node for node in nodes if can_ever_run(demand, strategy, node)]
+    if not feasible:
+        return Infeasible(why_infeasible(demand, strategy, nodes))
+    fitting = [node for node in feasible if fits(demand, node.available)]
+    if not fitting:
+        return Busy(why_busy(demand, feasible))
+    if strategy.kind == "spread":
+        return Node(_least_used(demand, fitting, 1, rng).node_id)
+    if not demand.get("GPU"):
+        fitting = [node for node in fitting if not node.total.get("GPU")] or fitting
+    if local is not None:
+        for node in fitting:
+            if node.node_id == local and utilisation(demand, node) <= PACK_LIMIT:
+                return Node(local)
+    return Node(_least_used(demand, fitting, max(int(len(nodes) * TOP_FRACTION), 1), rng).node_id)
+
+
+def can_ever_run(demand: Amounts, strategy: Strategy, node: NodeView) -> bool:
+    """Whether the node takes work, has the labels, and is large enough when nothing else runs there."""
+    return not node.draining and fits(demand, node.total) and matches_labels(strategy.labels, node.labels)
+
+
+def utilisation(demand: Amounts, node: NodeView) -> float:
+    """Share in use of the node's most used resource, 0.0 to 1.0 (more when CPUs are oversubscribed).
+
+    Only CPU, memory and what `demand` itself needs are looked at: a marker resource that is taken says nothing.
+    """
+    highest = 0.0
+    for name in {*_CRITICAL, *demand}:
+        total = node.total.get(name, 0)
+        if total > 0:
+            highest = max(highest, 1.0 - node.available.get(name, 0) / total)
+    return highest
+
+
+def _least_used(demand: Amounts, nodes: Sequence[NodeView], top: int, rng: random.Random) -> NodeView:
+    if len(nodes) == 1:
+        return nodes[0]
+    ranked = [(utilisation(demand, node), rng.random(), index) for index, node in enumerate(nodes)]
+    best = heapq.nsmallest(top, ranked) if top > 1 else [min(ranked)]
+    return nodes[rng.choice(best)[2]]
+
+
+def matches_labels(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Whether `labels` satisfy every entry of `selector`: "v", "!v", "in(a,b)" or "!in(a,b)" by label name.
+
+    A label that is absent satisfies the two negated forms only.
+    """
+    for name, wanted in selector.items():
+        negated = wanted.startswith("!")
+        wanted = wanted[1:] if negated else wanted
+        if wanted.startswith("in(") and wanted.endswith(")"):
+            accepted = [value.strip() for value in wanted[3:-1].split(",")]
+        else:
+            accepted = [wanted]
+        if (name in labels and labels[name] in accepted) == negated:
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------- reasons
+
+
+def why_busy(demand: Amounts, feasible: Sequence[NodeView]) -> WaitReason:
+    """`feasible`: the nodes that could run `demand` if they were idle; it fits on none of them now.
+
+    The resource that is named is the one that most of them lack.
+    """
+    lacking = {name: 0 for name in sorted(demand)}
+    for node in feasible:
+        for name in missing(demand, node.available):
+            lacking[name] += 1
+    where = "the node that could run it" if len(feasible) == 1 else f"the {len(feasible)} nodes that could run it"
+    if not lacking or not max(lacking.values()):
+        return WaitReason("busy", f"{where} cannot take more work now")
+    name = max(lacking, key=lambda name: (lacking[name], name == "CPU"))
+    total = sum(node.total.get(name, 0) for node in feasible)
+    if demand[name] <= UNIT:
+        return WaitReason("busy", f"all {describe_amount(name, total)} are busy on {where}")
+    needed = describe_amount(name, demand[name])
+    return WaitReason("busy", f"it needs {needed} at once, and too few of the {describe_amount(name, total)} are free on {where}")  # fmt: skip
+
+
+def why_infeasible(demand: Amounts, strategy: Strategy, nodes: Sequence[NodeView]) -> WaitReason:
+    """None of `nodes` can ever run `demand`: name the one thing a person would have to add."""
+    if not nodes:
+        return WaitReason("infeasible", "the cluster has no nodes")
+    if strategy.labels:
+        labelled = [node for node in nodes if matches_labels(strategy.labels, node.labels)]
+        if not labelled:
+            wanted = ", ".join(f"{name}={value}" for name, value in sorted(strategy.labels.items()))
+            return WaitReason("infeasible", f"no node has the labels {wanted}")
+        nodes = labelled
+    open_nodes = [node for node in nodes if not node.draining]
+    if not open_nodes or any(node.draining and fits(demand, node.total) for node in nodes):
+        return WaitReason("infeasible", "the only nodes that could run it are draining")
+    among = "no node with the labels has" if strategy.labels else "no node has"
+    for name, amount in sorted(demand.items()):
+        largest = max(node.total.get(name, 0) for node in open_nodes)
+        if amount > largest:
+            best = f"the largest has {describe_amount(name, largest).split()[0]}" if largest else "none has any"
+            return WaitReason("infeasible", f"{among} {describe_amount(name, amount)} ({best})")
+    return WaitReason("infeasible", f"no single node has all of {describe(demand)}")
+
+
+def why_affinity_fails(demand: Amounts, strategy: Strategy, named: NodeView | None) -> WaitReason:
+    """Hard affinity to a node that is not there (`named` None) or can never run it."""
+    node = f"node {strategy.node_id.hex()[:12]}, which it must run on,"
+    if named is None:
+        return WaitReason("infeasible", f"{node} is not in the cluster")
+    if named.draining:
+        return WaitReason("infeasible", f"{node} is draining")
+    if not matches_labels(strategy.labels, named.labels):
+        return WaitReason("infeasible", f"{node} does not have the labels that it asks for")
+    name, (needed, there) = next(iter(missing(demand, named.total).items()))
+    best = f"has {describe_amount(name, there)}" if there else f"has no {name}"
+    return WaitReason("infeasible", f"{node} {best}, and it needs {describe_amount(name, needed)}")
