@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import time
 import traceback
@@ -17,6 +18,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import processes
+from processes import processes_of
 from workloads import BY_NAME
 
 MARK = "@bench "
@@ -96,14 +99,9 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100  # USER_HZ
 
 
-def cluster_pids(run_folder: str) -> list[int]:
-    """Every process of this benchmark's cluster: it carries the run's folder in its environment. Not this process, and not
-    the coordinator."""
-    from processes import processes_of
-
-    import os
-
-    return [pid for pid in processes_of(run_folder) if pid != os.getpid()]
+def cluster_pids() -> list[int]:
+    """Every process of the cluster that this worker started, without the worker itself."""
+    return [pid for pid in processes_of(os.environ[processes.MARK]) if pid != os.getpid()]
 
 
 # --------------------------------------------------------------------------------------------------------------- main

@@ -33,17 +33,6 @@ def hold(path: str) -> None:
         time.sleep(0.05)
 
 
-def import_time(statement: str) -> worker.Run:
-    """Seconds to run `statement`, the interpreter's own start not counted."""
-
-    def run(_: worker.Timing) -> float:
-        start = time.perf_counter()
-        exec(statement, {})  # noqa: S102
-        return time.perf_counter() - start
-
-    return run
-
-
 def queued_bytes(submit: Callable[..., Any]) -> float:
     with tempfile.NamedTemporaryFile() as gate:
         holding = [submit(hold, gate.name) for _ in range(CORES)]
@@ -86,7 +75,9 @@ class Futures:
 
     def queued(self, _: worker.Timing) -> float:
         with self.running():
-            return queued_bytes(self.pool.submit)
+            size = queued_bytes(self.pool.submit)
+            self.pool.shutdown(cancel_futures=True)
+            return size
 
 
 # --------------------------------------------------------------------------------------------- multiprocessing.Pool
@@ -131,7 +122,6 @@ class Pool:
 if __name__ == "__main__":
     which = sys.argv.pop(1)
     peer: Futures | Pool = Futures() if which == "futures" else Pool()
-    statement = "import concurrent.futures.process" if which == "futures" else "import multiprocessing.pool"
     worker.main(
         {
             "start to first result": peer.start,

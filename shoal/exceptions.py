@@ -59,7 +59,7 @@ class TaskError(ShoalError):
         actor_repr: str = "",
     ) -> None:
         super().__init__(function_name, traceback_str, pid, ip, node_id, actor_repr)
-        # Kept apart from `__dict__` names and from `args`, both of which belong to the user's class in a combined error.
+        # Kept apart from `args` and from plain names, which belong to the user's class in a combined error.
         self._shoal_task = (function_name, traceback_str, pid, ip, node_id, actor_repr)
         self._shoal_cause = cause
         self._shoal_hint = ""
@@ -112,9 +112,8 @@ class TaskError(ShoalError):
         if origin is None or _steers_interpreter(origin):
             return plain
         try:
-            combined_class = _combined_class(type(origin))
-            error = _new_combined(combined_class, origin)
-        except Exception as failure:  # the class is the user's: its metaclass and __new__ may raise anything
+            error = _new_combined(_combined_class(type(origin)), origin)
+        except Exception as failure:  # noqa: BLE001 - the class is the user's: its metaclass and __new__ may raise anything
             plain._shoal_hint = (
                 f"{type(origin).__qualname__} cannot be combined with TaskError ({failure}), "
                 f"so `except {type(origin).__name__}` does not match; use `except TaskError`"
@@ -137,7 +136,7 @@ class TaskError(ShoalError):
         cause = self._shoal_cause
         try:
             inner = self.traceback_str.rstrip().rpartition("\n")[2] if cause is None else repr(cause)
-        except Exception:  # the user's __repr__
+        except Exception:  # noqa: BLE001 - the user's __repr__
             inner = f"<{type(cause).__qualname__}>"
         return f"TaskError({inner})"
 
@@ -147,8 +146,7 @@ class TaskError(ShoalError):
 
 
 def _unpack_task_error(task: tuple[str, str, int, str, str, str], packed: bytes | None, combined: bool) -> TaskError:
-    function_name, traceback_str, *where = task
-    error = TaskError(function_name, traceback_str, _unpack(packed), *where)
+    error = TaskError(task[0], task[1], _unpack(packed), *task[2:])
     return error.as_raisable() if combined else error
 
 
@@ -184,7 +182,7 @@ def _combined_class(origin: type[BaseException]) -> type[TaskError]:
 
 def _new_combined(combined: type[TaskError], origin: BaseException) -> TaskError:
     """An instance that looks like `origin` in every attribute, made without running the user's `__init__`."""
-    error = _new_bare(combined, origin)
+    error: TaskError = _new_bare(combined, origin)
     if combined is TaskError:
         return error
     error.__dict__.update(vars(origin))
@@ -195,9 +193,8 @@ def _new_combined(combined: type[TaskError], origin: BaseException) -> TaskError
 
 def _new_bare(cls: type[Any], like: BaseException) -> Any:
     builtin = next(c for c in cls.__mro__ if not c.__flags__ & _HEAP_TYPE)
-    if isinstance(like, BaseExceptionGroup):
-        return builtin.__new__(cls, like.message, like.exceptions)
-    return builtin.__new__(cls)
+    make: Callable[..., Any] = builtin.__new__
+    return make(cls, like.message, like.exceptions) if isinstance(like, BaseExceptionGroup) else make(cls)
 
 
 def _copy_slots(source: BaseException, target: BaseException) -> None:
@@ -231,7 +228,7 @@ def _pack(exc: BaseException | None, depth: int = 0) -> bytes | None:
             body = attempt(exc, depth)
             if body is not None:
                 return pickle.dumps((body, link, explicit))
-        except Exception:  # user code runs in here (__reduce__, __getstate__): whatever it raises, try the next way
+        except Exception:  # noqa: BLE001 - user code runs in here (__reduce__, __getstate__): whatever it raises, try the next way
             continue
     return None
 
@@ -240,9 +237,9 @@ def _unpack(packed: bytes | None) -> BaseException | None:
     if packed is None:
         return None
     try:
-        (way, body), link, explicit = pickle.loads(packed)
+        (way, body), link, explicit = pickle.loads(packed)  # noqa: S301
         exc = _restore(way, body)
-    except Exception:  # a module that is missing here, a class that changed: the text still says what happened
+    except Exception:  # noqa: BLE001 - a module that is missing here, a class that changed: the text still says what happened
         return None
     chained = _unpack(link)
     if chained is not None:
@@ -255,25 +252,25 @@ def _unpack(packed: bytes | None) -> BaseException | None:
 
 def _restore(way: str, body: Any) -> BaseException:
     if way == "whole":
-        exc: BaseException = pickle.loads(body)
+        exc: BaseException = pickle.loads(body)  # noqa: S301
         return exc
     if way == "group":
-        cls, message, members = pickle.loads(body)
+        cls, message, members = pickle.loads(body)  # noqa: S301
         inner = [_unpack(member) or ShoalError(text) for member, text in members]
         group: BaseException = cls(message, inner)
         return group
-    cls, args, state = pickle.loads(body)
+    cls, args, state = pickle.loads(body)  # noqa: S301
     builtin = next(c for c in cls.__mro__ if not c.__flags__ & _HEAP_TYPE)
     try:
         made: BaseException = builtin.__new__(cls, *args)
         builtin.__init__(made, *args)
-    except Exception:
+    except Exception:  # noqa: BLE001
         made = builtin.__new__(cls)
     made.args = args
     for name, value in state.items():
         try:
             setattr(made, name, value)
-        except Exception:  # a property or a frozen class: its own storage is __dict__
+        except Exception:  # noqa: BLE001 - a property or a frozen class: its own storage is __dict__
             made.__dict__[name] = value
     return made
 
@@ -283,7 +280,7 @@ def _whole(exc: BaseException, depth: int) -> tuple[str, Any] | None:
 
     body: bytes = cloudpickle.dumps(exc)
     # Many classes pickle but cannot be read back, because their __init__ wants other arguments than `args`.
-    back = pickle.loads(body)
+    back = pickle.loads(body)  # noqa: S301
     return ("whole", body) if type(back) is type(exc) else None
 
 
@@ -297,7 +294,7 @@ def _parts(exc: BaseException, depth: int) -> tuple[str, Any] | None:
             type(exc)(exc.message, [ValueError()])
             cloudpickle.dumps(type(exc))
             cls = type(exc)
-        except Exception:
+        except Exception:  # noqa: BLE001
             pass  # a group class of the user's with a different constructor: the plain group says the same
         members = [(_pack(member, depth + 1), _line(member)) for member in exc.exceptions]
         return "group", cloudpickle.dumps((cls, exc.message, members))
@@ -312,7 +309,7 @@ def _base_class(exc: BaseException, depth: int) -> tuple[str, Any] | None:
             continue
         try:
             return "parts", _portable_parts(cls, exc)
-        except Exception:
+        except Exception:  # noqa: BLE001
             continue
     return None
 
@@ -335,11 +332,11 @@ def _portable(value: Any) -> Any:
     import cloudpickle
 
     try:
-        pickle.loads(cloudpickle.dumps(value))
-    except Exception:  # user code runs in here
+        pickle.loads(cloudpickle.dumps(value))  # noqa: S301
+    except Exception:  # noqa: BLE001 - user code runs in here
         try:
             return repr(value)
-        except Exception:
+        except Exception:  # noqa: BLE001
             return f"<{type(value).__qualname__}>"
     return value
 
@@ -347,7 +344,7 @@ def _portable(value: Any) -> Any:
 def _line(exc: BaseException) -> str:
     try:
         return f"{type(exc).__qualname__}: {exc}"
-    except Exception:  # the user's __str__
+    except Exception:  # noqa: BLE001 - the user's __str__
         return type(exc).__qualname__
 
 
@@ -358,7 +355,7 @@ def _format(exc: BaseException) -> str:
         report = traceback.TracebackException.from_exception(exc, compact=True)
         _strip(report)
         text = "".join(report.format())
-    except Exception:  # the user's __str__ or a broken source loader
+    except Exception:  # noqa: BLE001 - the user's __str__ or a broken source loader
         text = _line(exc) + "\n"
     if len(text) > _MAX_TRACEBACK_CHARS:
         half = _MAX_TRACEBACK_CHARS // 2
@@ -659,7 +656,7 @@ class DirectTransportError(ShoalError):
     """Moving a tensor between devices failed."""
 
 
-# --------------------------------------------------------------------------------------------- names that Ray users know
+# -------------------------------------------------------------------------------------------- names that Ray users know
 
 RayError = ShoalError
 RayTaskError = TaskError

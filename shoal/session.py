@@ -21,8 +21,6 @@ import os
 import secrets
 import shutil
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -321,9 +319,6 @@ def process_stamp(pid: int) -> str:
     """A text that this process has and no other ever gets; "" when there is no such process (or only its zombie)."""
     if pid <= 0:
         return ""
-    if sys.platform != "linux":  # pragma: no cover
-        asked = ["ps", "-o", "lstart=", "-p", str(pid)]
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             # The command's name is in parentheses and may hold anything: count fields from behind its end.
@@ -343,8 +338,6 @@ def _here() -> str:
 
 def _is_elsewhere(stamp: str) -> bool:
     """Whether the stamp was taken in another pid namespace of this boot: its process may live, we cannot see it."""
-    if sys.platform != "linux":  # pragma: no cover
-        return False
     boot, _, namespace = stamp.partition("@")[2].partition("/")
     own_boot, _, own_namespace = _here().partition("/")
     return boot == own_boot and namespace != own_namespace

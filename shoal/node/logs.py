@@ -1,15 +1,17 @@
 """What workers print: from their pipes into files, into a short memory, and towards the drivers of their jobs.
 
-Each worker's stdout and stderr are two pipes whose read ends the agent holds. Nothing in the worker is on the way, so what a
-dying process, a C library or a child of it wrote arrives like the rest. Three rules keep a chatty worker from harming others:
-- The loop reads at most `read_bytes` per stream and `read_total_bytes` per tick; beyond that the pipe fills and `print` waits.
-- Files are written by one thread, a batch per tick. When it falls behind by `backlog_bytes`, reading stops until it catches up.
-- A driver gets at most `publish_bytes` per stream and tick. Older lines give way, and a line says how many did; the file
-  has them all.
-Rejected: workers that write files themselves, and a process that follows those (a second copy of everything, polling, and
-lines of one worker torn by two writers); sending lines over the worker's connection (lost in a crash, when they matter most).
+Each worker's stdout and stderr are two pipes whose read ends the agent holds. Nothing in the worker is on the way, so
+what a dying process, a C library or a child of it wrote arrives like the rest. Three rules keep a chatty worker from
+harming others:
+- The loop reads at most `read_bytes` of a stream and `read_total_bytes` of all in one tick; beyond that pipes fill
+  and `print` waits.
+- Files are written by one thread, a batch per tick. When it is behind by `backlog_bytes`, reading stops meanwhile.
+- Drivers get at most `publish_bytes` of a stream and `publish_total_bytes` of all in one tick. The oldest lines give
+  way, and a line says how many did; the file has them all.
+Rejected: workers that write files themselves, and a process that follows those (a second copy of everything, polling,
+lines torn by two writers); lines sent over the worker's connection (lost in a crash, when they matter most).
 
-A worker names what it runs by a mark in the stream (`name_mark`), which is cut out here: following lines carry that name.
+A worker names what it runs by a mark in the stream (`name_mark`), cut out here: following lines carry that name.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class LogSettings:
     read_bytes: int = 1 << 20
     read_total_bytes: int = 2 << 20
     publish_bytes: int = 128 << 10
+    publish_total_bytes: int = 512 << 10
     backlog_bytes: int = 16 << 20
     file_bytes: int = 64 << 20
     files_kept: int = 2
@@ -116,63 +119,66 @@ class MarkCutter:
 class LineBuffer:
     """Turns pieces of text into lines, and keeps the newest that fit `limit` bytes until they are taken.
 
-    A carriage return without a line feed means "write over this line": only what comes after the last one is kept, so that
-    a progress bar is shown as its newest state instead of its whole history.
+    A carriage return without a line feed means "write over this line": only what comes after the last one is kept, so
+    that a progress bar is shown as its newest state instead of its whole history.
     """
 
-    __slots__ = ("_begun", "_begun_at", "_dropped", "_limit", "_lines", "_max_line", "_name", "_size")
+    __slots__ = ("_begun_at", "_cut", "_dropped", "_limit", "_lines", "_max_line", "_name", "begun", "size")
 
     def __init__(self, limit: int, max_line: int) -> None:
         self._limit, self._max_line = limit, max_line
         self._lines: deque[tuple[str, bytes]] = deque()
-        self._size = 0
         self._dropped = 0
         self._name = ""
-        self._begun = b""
         self._begun_at = 0.0
+        self._cut = False  # the last line was shown before its end came
+        self.begun = b""  # the line that waits for its end
+        self.size = 0  # bytes of the lines that wait to be taken
 
     def feed(self, text: Text, now: float, tail: deque[bytes]) -> None:
         """Take in text read at `now`; complete lines are also appended to `tail`."""
-        if self._begun and text.name != self._name:
+        if self.begun and text.name != self._name:
             self.end_line(tail)  # the new name's text begins in the middle of a line
         self._name = text.name
-        *lines, begun = (self._begun + text.data).split(b"\n")
+        *lines, begun = (self.begun + text.data).split(b"\n")
+        if self._cut and lines:
+            self._cut = False
+            if not lines[0] and not self.begun:
+                del lines[0]  # only the end of what has been shown
         for line in lines:
             self._append(line, tail)
-        if begun and (lines or not self._begun):
+        if lines or not self.begun:
             self._begun_at = now
-        begun = _after_return(begun) if len(begun) > 1 and not begun.endswith(b"\r") else begun
         while len(begun) > self._max_line:
             self._append(begun[: self._max_line], tail)
             begun = begun[self._max_line :]
-        self._begun = begun
+        shown = begun.rstrip(b"\r")
+        self.begun = _after_return(shown) + begun[len(shown) :][:1]
 
     def end_line(self, tail: deque[bytes]) -> None:
         """Show the line that has begun as it is."""
-        if self._begun:
-            line, self._begun = self._begun, b""
+        if self.begun:
+            line, self.begun = self.begun, b""
             self._append(line, tail)
+            self._cut = True
 
-    def begun_at(self) -> float | None:
-        """When the line that waits for its end began; None when there is none."""
-        return self._begun_at if self._begun else None
+    def due_at(self, patience_s: float) -> float | None:
+        """When the line that has begun will have waited long enough for its end; None when there is none."""
+        return self._begun_at + patience_s if self.begun else None
 
     def _append(self, line: bytes, tail: deque[bytes]) -> None:
         line = _after_return(line)
         tail.append(line)
         self._lines.append((self._name, line))
-        self._size += len(line) + 1
-        while self._size > self._limit and len(self._lines) > 1:
-            self._size -= len(self._lines.popleft()[1]) + 1
+        self.size += len(line) + 1
+        while self.size > self._limit and len(self._lines) > 1:
+            self.size -= len(self._lines.popleft()[1]) + 1
             self._dropped += 1
-
-    def __bool__(self) -> bool:
-        return bool(self._lines)
 
     def discard(self) -> None:
         """Nobody wants these lines."""
         self._lines.clear()
-        self._size = self._dropped = 0
+        self.size = self._dropped = 0
 
     def take(self) -> list[tuple[str, list[str]]]:
         """All lines by name, in order, with a line in front that says how many were dropped, if any."""
@@ -188,6 +194,13 @@ class LineBuffer:
         return groups
 
 
+def _report(done: Future[None]) -> None:
+    """An error that the writer's code did not expect must not vanish in its future."""
+    error = done.exception()
+    if error is not None:
+        logger.error("writing what workers printed failed", exc_info=error)
+
+
 def _after_return(line: bytes) -> bytes:
     """What a terminal would show of a line: nothing before its last carriage return."""
     return line.rstrip(b"\r").rpartition(b"\r")[2] if b"\r" in line else line
@@ -196,22 +209,22 @@ def _after_return(line: bytes) -> bytes:
 class RotatingFile:
     """One stream's file; used by the writer thread only. Opened by the first write: most workers print nothing."""
 
-    __slots__ = ("_file", "_kept", "_limit", "_path", "_size", "_troubled")
+    __slots__ = ("_file", "_kept", "_limit", "_path", "_troubled", "size")
 
     def __init__(self, path: Path, limit: int, kept: int) -> None:
         self._path, self._limit, self._kept = path, limit, kept
         self._file: BinaryIO | None = None
-        self._size = 0
+        self.size = 0
         self._troubled = False
 
     def write(self, data: bytes) -> None:
         """Never raises: a full disk costs the text, not the node."""
         try:
-            if self._file is None or (self._size and self._size + len(data) > self._limit):
+            if self._file is None or (self.size and self.size + len(data) > self._limit):
                 self._open()
             assert self._file is not None
             self._file.write(data)
-            self._size += len(data)
+            self.size += len(data)
             self._troubled = False
         except OSError as exc:
             if not self._troubled:
@@ -241,7 +254,7 @@ class RotatingFile:
                 if older.exists():
                     os.replace(older, self._numbered(number))
         self._file = open(self._path, "wb" if self._kept == 0 else "ab", buffering=0)  # noqa: SIM115
-        self._size = self._file.tell()
+        self.size = self._file.tell()
 
     def _numbered(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}") if number else self._path
@@ -294,7 +307,10 @@ class WorkerLogs:
         self._loop = loop
         self._settings = settings or LogSettings()
         self._workers: dict[bytes, _Worker] = {}
-        self._entries: list[LogLines] = []  # of workers that are gone, or changed their job
+        self._active: dict[
+            _Stream, _Worker
+        ] = {}  # streams with something to do at the next tick, longest waiting first
+        self._entries: list[LogLines] = []  # published next
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shoal-worker-logs")
         self._backlog = 0  # bytes that the writer thread has not written yet
         self._read_now = 0  # bytes since the last tick, all streams
@@ -339,8 +355,9 @@ class WorkerLogs:
             return []
         for stream in worker.streams:
             self._drain(worker, stream)
-        begun = deque(worker.tail, maxlen=TAIL_LINES)
-        return [line.decode("utf-8", "replace") for line in begun]
+        lines = deque(worker.tail, maxlen=TAIL_LINES)
+        lines.extend(stream.lines.begun for stream in worker.streams if stream.lines.begun)
+        return [line.decode("utf-8", "replace") for line in lines]
 
     def detach(self, worker_id: bytes) -> list[str]:
         """The process has ended: read what is left in its pipes, close them, and return the last lines.
@@ -358,6 +375,7 @@ class WorkerLogs:
             stream.lines.end_line(worker.tail)
             self._collect(worker, stream)
             self._write(stream)
+            self._active.pop(stream, None)
             self._pause(stream)
             self._close(stream)
             self._submit(stream.file.close)
@@ -376,16 +394,17 @@ class WorkerLogs:
     # ------------------------------------------------------------------------------------------------ reading
 
     def _readable(self, worker: _Worker, stream: _Stream) -> None:
-        if not self._read(worker, stream):
-            self._pause(stream)
-            self._close(stream)
-        elif (
-            stream.read_now >= self._settings.read_bytes
-            or self._read_now >= self._settings.read_total_bytes
-            or self._backlog >= self._settings.backlog_bytes
+        self._activate(worker, stream)
+        settings = self._settings
+        if (
+            stream.read_now >= settings.read_bytes
+            or self._read_now >= settings.read_total_bytes
+            or self._backlog >= settings.backlog_bytes
         ):
             self._pause(stream)  # the next tick resumes it
-        self._wake(self._ticked_at + self._settings.tick_s)
+        elif not self._read(worker, stream):
+            self._pause(stream)
+            self._close(stream)
 
     def _read(self, worker: _Worker, stream: _Stream) -> bool:
         """Read one chunk; False at the end of the stream."""
@@ -417,6 +436,10 @@ class WorkerLogs:
             before = stream.read_now
             if stream.fd < 0 or not self._read(worker, stream) or stream.read_now == before:
                 break
+        self._activate(worker, stream)
+
+    def _activate(self, worker: _Worker, stream: _Stream) -> None:
+        self._active.setdefault(stream, worker)
         self._wake(self._ticked_at + self._settings.tick_s)
 
     def _pause(self, stream: _Stream) -> None:
@@ -447,29 +470,38 @@ class WorkerLogs:
 
     def _tick(self) -> None:
         now = self._loop.time()
+        settings = self._settings
         self._timer = None
         self._ticked_at = now
         self._read_now = 0
-        for worker in self._workers.values():
-            for stream in worker.streams:
-                begun_at = stream.lines.begun_at()
-                if begun_at is not None and begun_at + self._settings.partial_s <= now:
-                    stream.lines.end_line(worker.tail)
-                elif begun_at is not None:
-                    self._wake(begun_at + self._settings.partial_s)
+        room = settings.publish_total_bytes
+        active, self._active = self._active, {}
+        later: dict[_Stream, _Worker] = {}
+        for stream, worker in active.items():
+            stream.read_now = 0
+            due_at = stream.lines.due_at(settings.partial_s)
+            if due_at is not None and due_at <= now:
+                stream.lines.end_line(worker.tail)
+            elif due_at is not None:
+                later[stream] = worker
+                self._wake(due_at)
+            self._write(stream)
+            if room > 0:
+                room -= stream.lines.size
                 self._collect(worker, stream)
-                self._write(stream)
-                stream.read_now = 0
-                if self._backlog < self._settings.backlog_bytes:
-                    self._resume(worker, stream)
+            elif stream.lines.size:
+                self._activate(worker, stream)  # first in turn at the next tick
+            if self._backlog < settings.backlog_bytes:
+                self._resume(worker, stream)
+            else:
+                later[stream] = worker  # `_caught_up` wakes us
+        for stream, worker in later.items():
+            self._active.setdefault(stream, worker)
         self._flush()
 
     def _collect(self, worker: _Worker, stream: _Stream) -> None:
         """Move the stream's lines into what is published next."""
-        if not stream.lines:
-            return
-        if not (worker.job_id and worker.to_driver):
-            stream.lines.discard()
+        if not stream.lines.size:
             return
         for name, lines in stream.lines.take():
             self._entries.append(
@@ -501,7 +533,9 @@ class WorkerLogs:
             self._wake(self._ticked_at + self._settings.tick_s)
 
     def _submit(self, work: Callable[..., None], *args: object) -> Future[None]:
-        return self._writer.submit(work, *args)
+        done = self._writer.submit(work, *args)
+        done.add_done_callback(_report)
+        return done
 
     def _file(self, worker: _Worker, which: str) -> RotatingFile:
         return RotatingFile(self._path(worker, which), self._settings.file_bytes, self._settings.files_kept)

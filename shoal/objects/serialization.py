@@ -1,10 +1,11 @@
 """Values to flat bytes and back: pickle protocol 5, with large buffers out of band.
 
-The problem: a small value must cost about a microsecond, a large one a single memcpy into the arena and nothing at all to
-read, and code typed at a prompt must travel too. The choice: three ways in, one format.
+The problem: a small value must cost about a microsecond, a large one a single memcpy into the arena and nothing at all
+to read, and code typed at a prompt must travel too. The choice: three ways in, one format.
 
-  1. Exact atoms, and small exact tuples, lists and dicts of atoms, hold no references and no code, so the plain C pickler
-     takes them. A large `bytes` or `bytearray` is not pickled at all: a fixed few bytes of pickle rebuild it from a buffer.
+  1. Exact atoms, and small exact tuples, lists and dicts of atoms, hold no references and no code, so the plain C
+     pickler takes them. A large `bytes` or `bytearray` is not pickled at all: a few fixed bytes of pickle rebuild it
+     from a buffer.
   2. A numpy array without objects inside goes through the plain C pickler, its data out of band.
   3. Everything else goes through a cloudpickle pickler whose `reducer_override` has been made cheap for what is common
      (instances of importable classes). cloudpickle is imported when it is first needed.
@@ -65,7 +66,9 @@ NONE_FLAT: Final = pickle.dumps(None, _PROTOCOL)
 
 # What `pickle` writes for a call of `bytes` (`bytearray`) with the next out-of-band buffer:
 # PROTO 5, GLOBAL, NEXT_BUFFER, TUPLE1, REDUCE, STOP.
-_FROM_BUFFER: Final = {kind: b"\x80\x05cbuiltins\n" + kind.__name__.encode() + b"\n\x97\x85R." for kind in _BYTES_LIKE}
+_FROM_BUFFER: Final[dict[type, bytes]] = {
+    kind: b"\x80\x05cbuiltins\n" + kind.__name__.encode() + b"\n\x97\x85R." for kind in _BYTES_LIKE
+}
 
 
 class Serialized:
@@ -152,10 +155,9 @@ def copy_bytes(target: memoryview, source: bytes | memoryview) -> None:
         return
     if len(source) != len(target):
         raise ValueError(f"{len(source)} bytes do not fit into {len(target)}")
-    from shoal.objects.memory import address_of, copy_unlocked
+    from shoal.objects.memory import copy_unlocked
 
-    with address_of(target) as to, address_of(source) as origin:
-        copy_unlocked(to, origin, len(source))
+    copy_unlocked(target, source)
 
 
 # -------------------------------------------------------------------------------------------------------- references
@@ -192,9 +194,7 @@ _replaced: Final[dict[type, Callable[[Any], Any] | None]] = {}
 """The types that users registered -> what `_reducers` had for them before."""
 
 
-def register_serializer(
-    cls: type, serializer: Callable[[Any], Any], deserializer: Callable[[Any], Any]
-) -> None:
+def register_serializer(cls: type, serializer: Callable[[Any], Any], deserializer: Callable[[Any], Any]) -> None:
     """From now on instances of exactly `cls` travel, from this process, as `serializer(instance)` and come back as
     `deserializer(that)`. The deserializer is sent along, so the other side needs no registration.
 
@@ -283,7 +283,7 @@ def _define_pickler() -> Callable[[Any, Callable[[pickle.PickleBuffer], bool]], 
             return NotImplemented
 
     def make(file: Any, buffer_callback: Callable[[pickle.PickleBuffer], bool]) -> _ValuePickler:
-        return ValuePickler(file, _PROTOCOL, buffer_callback)  # type: ignore[no-any-return]
+        return ValuePickler(file, _PROTOCOL, buffer_callback)
 
     _make_pickler = make
     return make
@@ -347,7 +347,7 @@ def serialize(value: Any, what: str | None = None) -> Serialized:
         return Serialized(*pickle_anything(value))
     except (MemoryError, UnserializableError):
         raise
-    except Exception as exc:  # noqa: BLE001 # the boundary to users' `__reduce__` and `__getstate__`
+    except Exception as exc:  # the boundary to users' `__reduce__` and `__getstate__`
         from shoal.objects.diagnose import explain
 
         raise explain(value, exc, what or "value") from exc

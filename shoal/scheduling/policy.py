@@ -100,11 +100,33 @@ def utilisation(demand: Amounts, node: NodeView) -> float:
 
 
 def _least_used(demand: Amounts, nodes: Sequence[NodeView], top: int, rng: random.Random) -> NodeView:
+    """One of the `top` least used, by chance; equally used ones are in random order."""
     if len(nodes) == 1:
         return nodes[0]
     ranked = [(utilisation(demand, node), rng.random(), index) for index, node in enumerate(nodes)]
     best = heapq.nsmallest(top, ranked) if top > 1 else [min(ranked)]
     return nodes[rng.choice(best)[2]]
+
+
+def rank_nodes(
+    demand: Amounts, strategy: Strategy, fitting: Sequence[NodeView], node_count: int, rng: random.Random
+) -> list[NodeView]:
+    """Where to send many at once: the order in which `choose_node` might pick among nodes where `demand` fits now.
+
+    With the default strategy, work without GPU gets nodes with GPUs only when there are no others.
+
+    Args:
+        node_count: nodes of the whole cluster, for the width of the random choice.
+    """
+    spread = strategy.kind == "spread"
+    if not spread and not demand.get("GPU"):
+        fitting = [node for node in fitting if not node.total.get("GPU")] or fitting
+    ranked = sorted(((utilisation(demand, node), rng.random(), index) for index, node in enumerate(fitting)))
+    order = [fitting[index] for _, _, index in ranked]
+    top = 1 if spread else min(max(int(node_count * TOP_FRACTION), 1), len(order))
+    head = order[:top]
+    rng.shuffle(head)
+    return head + order[top:]
 
 
 def matches_labels(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
@@ -132,7 +154,7 @@ def why_busy(demand: Amounts, feasible: Sequence[NodeView]) -> WaitReason:
 
     The resource that is named is the one that most of them lack.
     """
-    lacking = {name: 0 for name in sorted(demand)}
+    lacking = dict.fromkeys(sorted(demand), 0)
     for node in feasible:
         for name in missing(demand, node.available):
             lacking[name] += 1
@@ -143,8 +165,8 @@ def why_busy(demand: Amounts, feasible: Sequence[NodeView]) -> WaitReason:
     total = sum(node.total.get(name, 0) for node in feasible)
     if demand[name] <= UNIT:
         return WaitReason("busy", f"all {describe_amount(name, total)} are busy on {where}")
-    needed = describe_amount(name, demand[name])
-    return WaitReason("busy", f"it needs {needed} at once, and too few of the {describe_amount(name, total)} are free on {where}")  # fmt: skip
+    needed, there = describe_amount(name, demand[name]), describe_amount(name, total)
+    return WaitReason("busy", f"it needs {needed} at once, and too little of the {there} is free on {where}")
 
 
 def why_infeasible(demand: Amounts, strategy: Strategy, nodes: Sequence[NodeView]) -> WaitReason:
@@ -164,7 +186,8 @@ def why_infeasible(demand: Amounts, strategy: Strategy, nodes: Sequence[NodeView
     for name, amount in sorted(demand.items()):
         largest = max(node.total.get(name, 0) for node in open_nodes)
         if amount > largest:
-            best = f"the largest has {describe_amount(name, largest).split()[0]}" if largest else "none has any"
+            largest_text = describe_amount(name, largest).removesuffix(f" {name}")
+            best = f"the largest has {largest_text}" if largest else "none has any"
             return WaitReason("infeasible", f"{among} {describe_amount(name, amount)} ({best})")
     return WaitReason("infeasible", f"no single node has all of {describe(demand)}")
 

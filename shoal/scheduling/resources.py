@@ -48,7 +48,7 @@ def to_amounts(resources: Mapping[str, float]) -> Amounts:
 
 
 def _to_steps(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float | Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"the amount of {name} is a number, not {value!r} of type {type(value).__name__}")
     if not isinstance(value, int):
         value = float(value)
@@ -57,7 +57,7 @@ def _to_steps(name: str, value: object) -> int:
     if value < 0:
         raise ValueError(f"the amount of {name} is negative: {value}")
     if value > MAX_AMOUNT:
-        raise ValueError(f"the amount of {name} is {value}, more than the largest that can be counted, {MAX_AMOUNT:.0e}")
+        raise ValueError(f"the amount of {name} is {value}, more than the {MAX_AMOUNT:.0e} that can be counted")
     if isinstance(value, int):
         return value * UNIT
     scaled = value * UNIT
@@ -78,7 +78,7 @@ def fits(demand: Amounts, available: Amounts) -> bool:
 
 
 def count_fitting(demand: Amounts, available: Amounts, at_most: int) -> int:
-    """How many copies of `demand` fit into `available` together, up to `at_most` (which is the answer for no demand)."""
+    """How many copies of `demand` fit into `available` together, at most `at_most` (also for no demand)."""
     for name, amount in demand.items():
         if amount:
             at_most = min(at_most, available.get(name, 0) // amount)
@@ -154,6 +154,10 @@ class DeviceSlots:
         """Sum over all devices."""
         return sum(self._free)
 
+    def used(self) -> list[int]:
+        """What is held of each device."""
+        return [UNIT - free for free in self._free]
+
     def has_room(self, amount: int) -> bool:
         """Whether `acquire(amount)` would succeed; the sum alone does not tell: 0.5 + 0.5 of two devices is not 1."""
         whole, part = divmod(amount, UNIT)
@@ -193,12 +197,17 @@ class DeviceSlots:
         Raises:
             ValueError: the numbers cannot have come from `acquire(amount)`, or are free already.
         """
+        parts = self.parts(ids, amount)
+        for number, part in parts:
+            if not 0 <= number < len(self._free) or self._free[number] + part > UNIT:
+                raise ValueError(f"{self.name} {number} is given back more often than it was taken")
+        for number, part in parts:
+            self._free[number] += part
+
+    def parts(self, ids: list[int], amount: int) -> list[tuple[int, int]]:
+        """(device, amount on it) of a grant. Raises ValueError: `ids` are not what such a grant holds."""
         whole, part = divmod(amount, UNIT)
         sizes = [UNIT] * whole + ([part] if part else [])
         if len(sizes) != len(ids) or len(set(ids)) != len(ids):
             raise ValueError(f"{self.name} {ids} are not what a grant of {_trim(amount / UNIT, 4)} holds")
-        for number, size in zip(ids, sizes, strict=True):
-            if not 0 <= number < len(self._free) or self._free[number] + size > UNIT:
-                raise ValueError(f"{self.name} {number} is given back more often than it was taken")
-        for number, size in zip(ids, sizes, strict=True):
-            self._free[number] += size
+        return list(zip(ids, sizes, strict=True))

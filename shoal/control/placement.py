@@ -1,0 +1,221 @@
+"""Which actors wait for a place, and where the next one goes.
+
+Actors that are equal to a scheduler (same job, class, needs and strategy) wait in one line, first come first served. The
+answer for the first of a line is the answer for all of it, so work grows with the number of lines and not of actors, and
+a line has one reason, one row in `status` and one notice to its driver.
+
+Choosing looks at a few nodes drawn at random and at all of them only when none of those will do: among thousands of
+nodes the best of sixteen is about as good as the best, at a hundredth of the cost. A line that found no place anywhere
+is tried again on the node that changed, and on that one only.
+
+An actor that holds nothing (the default: one CPU to be placed, none held) does not change what is free, so that the
+usual policy would pile all of them onto one node. Those stay with their creator while it has fewer of them than CPUs
+(calls stay on the machine), and go where there are fewest per CPU after that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from shoal.control.actors import ActorRecord
+from shoal.control.messages import ActorSpec
+from shoal.control.nodes import NodeRecord, NodeTable
+from shoal.objects.ids import ActorId
+from shoal.scheduling.policy import Busy, Choice, Infeasible, Node, can_ever_run, choose_node
+from shoal.scheduling.resources import fits
+from shoal.scheduling.views import Amounts, DemandReport, NodeView, WaitReason
+
+DRAWN = 16
+"""Nodes looked at first; a cluster of twice as many is looked at as a whole."""
+
+LineKey = tuple[bytes, str, tuple[tuple[str, int], ...], bool, tuple[object, ...]]
+
+
+def needs_of(spec: ActorSpec) -> Amounts:
+    """What must be free to place it: what it asks for that, and what it will hold."""
+    need = {name: amount for name, amount in spec.placement.items() if amount}
+    for name, amount in spec.resources.items():
+        if amount > need.get(name, 0):
+            need[name] = amount
+    return need
+
+
+class Line:
+    """Actors that wait for the same thing. `since`: of each, the clock when it began to wait."""
+
+    __slots__ = ("actors", "key", "light", "need", "notice_at", "notices", "reason", "refused_by", "spec")
+
+    def __init__(self, key: LineKey, spec: ActorSpec, need: Amounts, light: bool) -> None:
+        self.key = key
+        self.spec = spec
+        self.need = need
+        self.light = light
+        self.actors: dict[ActorId, tuple[ActorRecord, float]] = {}
+        self.reason: WaitReason | None = None
+        self.refused_by: dict[bytes, int] = {}
+        self.notice_at = float("inf")
+        self.notices = 0
+
+    def first(self) -> ActorRecord:
+        return next(iter(self.actors.values()))[0]
+
+    def oldest_since(self) -> float:
+        return next(iter(self.actors.values()))[1]
+
+    def open_to(self, node: NodeRecord) -> bool:
+        """Whether the node has said nothing else since it refused one of this line."""
+        return self.refused_by.get(node.node_id) != node.reports
+
+
+class WaitingRoom:
+    """All lines, and the choice of a place."""
+
+    def __init__(self, nodes: NodeTable, rng: random.Random) -> None:
+        self._nodes = nodes
+        self._rng = rng
+        self._lines: dict[LineKey, Line] = {}
+        self._line_of: dict[ActorId, Line] = {}
+
+    def __len__(self) -> int:
+        return len(self._line_of)
+
+    def lines(self) -> list[Line]:
+        """Oldest line first; a copy, since placing closes lines."""
+        return list(self._lines.values())
+
+    def join(self, actor: ActorRecord, now: float) -> Line:
+        spec = actor.spec
+        need = needs_of(spec)
+        strategy = spec.strategy
+        light = actor.holds_nothing
+        where = (strategy.kind, strategy.node_id, strategy.soft, tuple(sorted(strategy.labels.items())))
+        key: LineKey = (spec.job_id, spec.class_name, tuple(sorted(need.items())), light, where)
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = Line(key, spec, need, light)
+        line.actors[actor.actor_id] = (actor, now)
+        self._line_of[actor.actor_id] = line
+        if line.reason is not None:
+            actor.reason = line.reason
+        return line
+
+    def leave(self, actor_id: ActorId) -> None:
+        """Placed or dead; does nothing for an actor that does not wait here."""
+        line = self._line_of.pop(actor_id, None)
+        if line is None:
+            return
+        del line.actors[actor_id]
+        if not line.actors:
+            del self._lines[line.key]
+
+    def line_of(self, actor_id: ActorId) -> Line | None:
+        return self._line_of.get(actor_id)
+
+    # ------------------------------------------------------------------------------------------------ choosing
+
+    def choose(self, line: Line, only: NodeRecord | None = None) -> Choice:
+        """A place for the first of the line.
+
+        Args:
+            only: the one node that changed since the line found no place anywhere; a refusal then says nothing
+                about the others.
+        """
+        named = line.spec.strategy.kind == "node"
+        if named and only is not None and only.node_id != line.spec.strategy.node_id:
+            only = None  # affinity is about a node that must be looked up, whichever changed
+        if only is not None:
+            if not line.open_to(only):
+                return Busy(_just_refused(only))
+            return self._choose_among(line, [self._nodes.views[only.index]])
+        creator = self._nodes.find(line.first().spec.owner_node)
+        if len(self._nodes) > 2 * DRAWN and not named:
+            choice = self._choose_among(line, self._draw(line, creator))
+            if isinstance(choice, Node) and not self._wastes_gpu(line, choice):
+                return choice
+        return self._choose_among_all(line)
+
+    def _draw(self, line: Line, creator: NodeRecord | None) -> list[NodeView]:
+        views = self._nodes.views
+        picked = {int(self._rng.random() * len(views)) for _ in range(DRAWN)}
+        if creator is not None and line.light:
+            picked.add(creator.index)
+        return [views[index] for index in sorted(picked) if line.open_to(self._nodes.order[index])]
+
+    def _wastes_gpu(self, line: Line, choice: Node) -> bool:
+        node = self._nodes.find(choice.node_id)
+        return node is not None and "GPU" not in line.need and bool(node.info.total.get("GPU"))
+
+    def _choose_among_all(self, line: Line) -> Choice:
+        views: Sequence[NodeView] = self._nodes.views
+        if line.refused_by:
+            refusing = {node.node_id for node in self._nodes.order if not line.open_to(node)}
+            for node_id in line.refused_by.keys() - refusing:
+                del line.refused_by[node_id]
+            if refusing:
+                choice = self._choose_among(line, [view for view in views if view.node_id not in refusing])
+                if isinstance(choice, Node | Busy):
+                    return choice
+                choice = self._choose_among(line, views)
+                if isinstance(choice, Node):  # the only one with room has just refused
+                    node = self._nodes.find(choice.node_id)
+                    assert node is not None
+                    return Busy(_just_refused(node))
+                return choice
+        return self._choose_among(line, views)
+
+    def _choose_among(self, line: Line, views: Sequence[NodeView]) -> Choice:
+        strategy = line.spec.strategy
+        if line.light and strategy.kind == "default":
+            place = self._choose_light(line, views)
+            if place is not None:
+                return place
+        return choose_node(line.need, strategy, views, None, self._rng)
+
+    def _choose_light(self, line: Line, views: Sequence[NodeView]) -> Node | None:
+        strategy, need = line.spec.strategy, line.need
+        creator_id = line.first().spec.owner_node
+        best: NodeRecord | None = None
+        best_share = (True, 0.0, 0.0)
+        for view in views:
+            if not fits(need, view.available) or not can_ever_run(need, strategy, view):
+                continue
+            node = self._nodes.find(view.node_id)
+            assert node is not None
+            share = node.light_share()
+            if view.node_id == creator_id and share < 1.0:
+                return Node(view.node_id)
+            # A GPU is for those who need one; ties fall by lot.
+            rank = ("GPU" not in need and bool(view.total.get("GPU")), share, self._rng.random())
+            if best is None or rank < best_share:
+                best, best_share = node, rank
+        return Node(best.node_id) if best is not None else None
+
+    # ------------------------------------------------------------------------------------------------- telling
+
+    def demand_reports(self, to_unix: float) -> Iterator[DemandReport]:
+        """`to_unix`: what makes a Unix time of the loop's clock."""
+        for line in self._lines.values():
+            yield DemandReport(
+                name=line.spec.class_name,
+                resources=line.need,
+                count=len(line.actors),
+                reason=line.reason or WaitReason("busy", "it has not been looked at yet"),
+                since_unix_s=line.oldest_since() + to_unix,
+                job_id=line.spec.job_id,
+            )
+
+    def check_invariants(self) -> None:
+        assert {actor for line in self._lines.values() for actor in line.actors} == set(self._line_of)
+        for key, line in self._lines.items():
+            assert line.actors
+            assert line.key == key
+            since = [begun for _, begun in line.actors.values()]
+            assert since == sorted(since), "the first of a line has waited longest"
+
+
+def _just_refused(node: NodeRecord) -> WaitReason:
+    return WaitReason("busy", f"{node.describe()} has just refused it and will be asked again after its next report")
+
+
+__all__ = ["Busy", "Infeasible", "Line", "Node", "WaitingRoom", "needs_of"]

@@ -1,0 +1,308 @@
+"""Objects as the processes of this node meet them: room, sealing, reading, counting; here and across nodes.
+
+The shell around two books: `Directory` (who refers to what, for objects whose home is here) and `Store` (what lies where
+in this node's arena). It moves copies, answers waiting processes, and passes on what other homes must know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from shoal.exceptions import ShoalError
+from shoal.node.directory import Directory, Effects
+from shoal.node.messages import (
+    LOST,
+    STORED,
+    Allocate,
+    Allocated,
+    AskState,
+    CancelResolve,
+    CopyGone,
+    CopyMade,
+    DeleteCopy,
+    HolderChanged,
+    ObjectState,
+    Publish,
+    Release,
+    Resolve,
+    Resolved,
+    Seal,
+    StateReply,
+    Unpin,
+    Unuse,
+    Use,
+)
+from shoal.node.peers import Peers
+from shoal.node.store import Copy, Store, StoreFullError
+from shoal.node.transfer import Puller, SourceLostError
+from shoal.objects.arena import Arena
+from shoal.rpc.aio import Connection
+from shoal.rpc.messages import Done, Failed
+
+logger = logging.getLogger(__name__)
+
+TRANSFER: Final = b"transfer"
+"""Owner, in the store's books, of room that a pull fills and of pins while a copy is sent."""
+MAX_ATTEMPTS: Final = 3
+
+
+class ObjectManager(Effects):
+    """See the module. `send(worker_id, message)` reaches a process of this node, if it is still there."""
+
+    def __init__(
+        self,
+        node_id: bytes,
+        arena: Arena,
+        capacity: int,
+        peers: Peers,
+        puller: Puller,
+        address_of: Callable[[bytes], str | None],
+        alive: Callable[[bytes], bool],
+        actor_unreferenced: Callable[[bytes], None],
+    ) -> None:
+        self._node = node_id
+        self._arena = arena
+        self._peers = peers
+        self._puller = puller
+        self._address_of = address_of
+        self._tell_unreferenced = actor_unreferenced
+        self._loop = asyncio.get_running_loop()
+        self.directory = Directory(node_id, self, alive)
+        self.store = Store(capacity, self._evicted)
+        self._pulls: dict[bytes, asyncio.Task[Copy]] = {}
+        self._resolves: dict[tuple[bytes, int], asyncio.Task[None]] = {}
+        self._telling: dict[bytes, asyncio.Task[Any]] = {}
+
+    # -------------------------------------------------------------------------------------------- room, sealing
+
+    def allocate(self, process: bytes, connection: Connection, message: Allocate) -> None:
+        def done(result: int | StoreFullError) -> None:
+            if isinstance(result, StoreFullError):
+                connection.reply(message, Failed(kind="store_full", text=str(result)))
+            else:
+                connection.reply(message, Allocated(offset=result))
+
+        self.store.allocate(process, message.size, self._loop.time(), done)
+
+    def release(self, process: bytes, message: Release) -> None:
+        self.store.release(process, message.offset)
+
+    def seal(self, process: bytes, message: Seal) -> None:
+        self.store.seal(
+            process, message.object_id, message.offset, message.size, message.home, message.owner_id,
+            primary=True, contained=message.contained,
+        )  # fmt: skip
+        self._report_copy(message.object_id, message.home, message.size, message.owner_id, message.contained)
+
+    def _report_copy(
+        self, object_id: bytes, home: bytes, size: int, owner: bytes, contained: list[tuple[bytes, bytes]]
+    ) -> None:
+        if home == self._node:
+            self.directory.copy_made(object_id, self._node, size, owner, contained)
+        elif self._address_of(home) is None:
+            self.store.delete(object_id)  # its home died: nobody will ever ask for it
+        else:
+            self._peers.send(home, CopyMade(object_id, size, owner, contained))
+
+    def _evicted(self, object_id: bytes, copy: Copy) -> None:
+        if copy.home == self._node:
+            self.directory.copy_gone(object_id, self._node, "its last copy was evicted")
+        else:
+            self._peers.send(copy.home, CopyGone(object_id))
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def resolve(self, process: bytes, connection: Connection, message: Resolve) -> None:
+        copy = self.store.find(message.object_id) if message.fetch else None
+        if copy is not None:
+            self._answer_copy(process, connection, message, copy)
+            return
+        key = (process, message.rid)
+        task = self._loop.create_task(self._resolve(process, connection, message), name="resolve")
+        self._resolves[key] = task
+        task.add_done_callback(lambda _: self._resolves.pop(key, None))
+
+    def cancel_resolve(self, process: bytes, message: CancelResolve) -> None:
+        task = self._resolves.pop((process, message.request), None)
+        if task is not None:
+            task.cancel()
+
+    def _answer_copy(self, process: bytes, connection: Connection, message: Resolve, copy: Copy) -> None:
+        self.store.pin(message.object_id, process)
+        state = ObjectState(STORED, b"", copy.size, [self._node], copy.contained)
+        connection.reply(message, Resolved(object_id=message.object_id, state=state, offset=copy.offset))
+
+    async def _resolve(self, process: bytes, connection: Connection, message: Resolve) -> None:
+        try:
+            for attempt in range(MAX_ATTEMPTS):
+                state = await self.wait_state(message.object_id, message.home)
+                if state.state != STORED or not message.fetch:
+                    break
+                try:
+                    copy = await self._fetch(message.object_id, message.home, state)
+                except SourceLostError as exc:
+                    state = ObjectState(LOST, str(exc).encode())
+                    logger.info("fetch failed object=%s attempt=%s: %s", message.object_id.hex(), attempt, exc)
+                    continue
+                if not connection.closed.done():
+                    self._answer_copy(process, connection, message, copy)
+                return
+            connection.reply(message, Resolved(object_id=message.object_id, state=state))
+        except StoreFullError as exc:
+            connection.reply(message, Failed(kind="store_full", text=str(exc)))
+
+    async def wait_state(self, object_id: bytes, home: bytes) -> ObjectState:
+        """The object's state once it is known to its home; LOST when the home is gone."""
+        if home == self._node:
+            future: asyncio.Future[ObjectState] = self._loop.create_future()
+            key = object()
+            self.directory.watch(object_id, key, lambda state: future.done() or future.set_result(state))
+            try:
+                return await future
+            finally:
+                self.directory.unwatch(object_id, key)
+        telling = self._telling.get(object_id)
+        if telling is not None:
+            await asyncio.wait([telling])
+        try:
+            reply: StateReply = await self._peers.request(home, AskState(object_id=object_id))
+        except ShoalError as exc:
+            return ObjectState(LOST, f"node:its home node {home.hex()[:12]} is gone: {exc}".encode())
+        return reply.state
+
+    async def _fetch(self, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
+        """A local copy: the one that is here, or one pulled now. Several askers share one pull."""
+        copy = self.store.find(object_id)
+        if copy is not None:
+            return copy
+        task = self._pulls.get(object_id)
+        if task is None:
+            task = self._loop.create_task(self._pull(object_id, home, state), name="pull")
+            self._pulls[object_id] = task
+            task.add_done_callback(lambda _: self._pulls.pop(object_id, None))
+        return await asyncio.shield(task)
+
+    async def _pull(self, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
+        sources = [address for node in state.nodes if node != self._node and (address := self._address_of(node))]
+        if not sources:
+            raise SourceLostError("every node that had a copy is gone")
+        room: asyncio.Future[int] = self._loop.create_future()
+
+        def got(result: int | StoreFullError) -> None:
+            if room.cancelled():
+                if isinstance(result, int):
+                    self.store.release(TRANSFER, result)
+            elif isinstance(result, StoreFullError):
+                room.set_exception(result)
+            else:
+                room.set_result(result)
+
+        self.store.allocate(TRANSFER, state.size, self._loop.time(), got)
+        offset = await room
+        try:
+            await self._puller.pull(object_id, self._arena.view(offset, state.size), sources)
+        except BaseException:
+            self.store.release(TRANSFER, offset)
+            raise
+        copy = self.store.seal(
+            TRANSFER, object_id, offset, state.size, home, b"", primary=False, contained=state.contained
+        )
+        self._report_copy(object_id, home, state.size, b"", state.contained)
+        return copy
+
+    def unpin(self, process: bytes, message: Unpin) -> None:
+        for object_id in message.object_ids:
+            self.store.unpin(object_id, process)
+
+    def pin_for_transfer(self, object_id: bytes) -> tuple[int, int] | None:
+        copy = self.store.find(object_id)
+        if copy is None:
+            return None
+        self.store.pin(object_id, TRANSFER)
+        return copy.offset, copy.size
+
+    def unpin_from_transfer(self, object_id: bytes) -> None:
+        self.store.unpin(object_id, TRANSFER)
+
+    # ------------------------------------------------------------------------------------------------ counting
+
+    def publish(self, process: bytes, message: Publish) -> None:
+        self.directory.publish(message.object_id, process, message.state)
+
+    def use(self, process: bytes, connection: Connection, message: Use) -> None:
+        if self.directory.use(message.object_id, message.home, process):
+            self.tell_home(message.home, message.object_id, True)
+        telling = self._telling.get(message.object_id)
+        if telling is None:
+            connection.reply(message, Done())
+        else:
+            telling.add_done_callback(lambda _: connection.reply(message, Done()))
+
+    def unuse(self, process: bytes, message: Unuse) -> None:
+        for object_id, home in message.objects:
+            self.directory.unuse(object_id, home, process)
+
+    def process_gone(self, process: bytes) -> None:
+        for key in [key for key in self._resolves if key[0] == process]:
+            self._resolves.pop(key).cancel()
+        self.store.process_gone(process)
+        self.directory.process_gone(process)
+
+    def node_gone(self, node_id: bytes) -> None:
+        self.directory.node_gone(node_id, f"node:node {node_id.hex()[:12]}, which held its last copy, is gone")
+        for object_id in self.store.copies_of_home(node_id):
+            self.store.delete(object_id)
+
+    # ---------------------------------------------------------------------------------- effects of the directory
+
+    def delete_copy(self, node_id: bytes, object_id: bytes) -> None:
+        if node_id == self._node:
+            self.store.delete(object_id)
+        else:
+            self._peers.send(node_id, DeleteCopy(object_id))
+
+    def tell_home(self, home: bytes, object_id: bytes, holds: bool) -> None:
+        if not holds:
+            self._peers.send(home, HolderChanged(object_id=object_id, holds=False))
+            return
+        task = self._loop.create_task(self._tell_use(home, object_id), name="tell-use")
+        self._telling[object_id] = task
+        task.add_done_callback(lambda _: self._telling.pop(object_id, None) if self._telling.get(object_id) is task else None)
+
+    async def _tell_use(self, home: bytes, object_id: bytes) -> None:
+        try:
+            await self._peers.request(home, HolderChanged(object_id=object_id, holds=True))
+        except ShoalError as exc:
+            logger.info("cannot count a use at home=%s object=%s: %s", home.hex()[:12], object_id.hex(), exc)
+
+    def actor_unreferenced(self, actor_id: bytes) -> None:
+        self._tell_unreferenced(actor_id)
+
+    # ------------------------------------------------------------------------------------------ other agents
+
+    def from_agent(self, node_id: bytes, connection: Connection, message: Any) -> None:
+        """A message of another agent."""
+        match message:
+            case HolderChanged():
+                self.directory.holder_changed(message.object_id, node_id, message.holds)
+                connection.reply(message, Done())
+            case CopyMade():
+                self.directory.copy_made(
+                    message.object_id, node_id, message.size, message.owner_id, message.contained
+                )
+            case CopyGone():
+                self.directory.copy_gone(message.object_id, node_id, "its last copy was evicted")
+            case DeleteCopy():
+                self.store.delete(message.object_id)
+            case AskState():
+                answer = partial(self._answer_state, connection, message)
+                self.directory.watch(message.object_id, (node_id, message.rid), answer)
+            case _:
+                logger.warning("unexpected message of an agent: %s", type(message).__name__)
+
+    def _answer_state(self, connection: Connection, message: AskState, state: ObjectState) -> None:
+        connection.reply(message, StateReply(state=state))

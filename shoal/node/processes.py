@@ -1,0 +1,62 @@
+"""Small facts about processes that the supervisor, the zygote and the agent share. Linux first; elsewhere best effort."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from typing import Final
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
+
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel end this process the moment its parent's main thread ends, however that ends.
+
+    Call it right after fork; `parent_pid` guards against a parent that ended before the call took effect.
+    """
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def set_title(title: str) -> None:
+    """Name shown by `ps` and `top` for this process's thread (at most 15 bytes are kept by the kernel)."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_NAME, title.encode()[:15], 0, 0, 0)
+
+
+def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
+    """Signal a worker and the processes it started (a worker leads its own process group)."""
+    try:
+        os.killpg(pid, sig)
+    except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, sig)  # it had not become a leader yet
+
+
+def reset_after_fork() -> None:
+    """Give a forked child the signal handling of a fresh Python program."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def describe_status(status: int) -> tuple[int, int, str]:
+    """A `waitpid` status as (exit code, signal number, text). One of the numbers is 0."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = f"signal {number}"
+        return 0, number, f"killed by {name}"
+    code = os.waitstatus_to_exitcode(status)
+    return code, 0, f"exit code {code}"

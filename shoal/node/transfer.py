@@ -1,0 +1,235 @@
+"""Moving copies between arenas. Bulk bytes travel on connections of their own, so that they never delay a message.
+
+The puller asks for chunks by (object, start, length) and keeps two requests under way, so the source streams without a
+pause; the source answers with a header and the raw bytes, sent from its arena by `sendfile` without entering Python.
+Both ends work on threads (the kernel calls hold no GIL) and ask the agent's loop only to pin and unpin. A pull that
+loses its source goes on at the same byte from the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import msgspec
+
+from shoal.exceptions import ShoalError
+from shoal.node.messages import ChunkHeader, PullChunk
+from shoal.rpc.frames import FrameError, encode_message, join_frame, make_decoder
+from shoal.rpc.sockets import open_socket, shake_hands
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES: Final = 16 << 20
+AHEAD: Final = 2
+MAX_STREAMS: Final = 8
+"""Pulls at once, and sends at once, per node: more only divide the same line and memory bandwidth."""
+STALL_S: Final = 15.0
+"""A source that sends nothing for so long is given up."""
+KEPT_PER_SOURCE: Final = 2
+MAX_MESSAGE_BYTES: Final = 4096
+
+_LENGTH = struct.Struct("<I")
+_decoder = make_decoder(PullChunk | ChunkHeader)
+
+
+class SourceLostError(Exception):
+    """This source cannot give (the rest of) the object."""
+
+
+def _read_exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = sock.recv(size - len(data))
+        if not part:
+            raise ConnectionResetError("the other side closed the transfer connection")
+        data += part
+    return data
+
+
+def _read_message(sock: socket.socket) -> Any:
+    (size,) = _LENGTH.unpack(_read_exactly(sock, 4))
+    if size > MAX_MESSAGE_BYTES:
+        raise FrameError("not a transfer message")
+    return _decoder.decode(_read_exactly(sock, size))[0]
+
+
+def _send(sock: socket.socket, message: msgspec.Struct) -> None:
+    sock.sendall(join_frame([encode_message(message)]))
+
+
+class TransferServer:
+    """The source's side: serves each connection on a thread.
+
+    `pin(object_id) -> (offset, size) | None` and `unpin(object_id)` run on the loop.
+    """
+
+    def __init__(
+        self, arena_fd: int, pin: Callable[[bytes], tuple[int, int] | None], unpin: Callable[[bytes], None]
+    ) -> None:
+        self._fd = arena_fd
+        self._pin = pin
+        self._unpin = unpin
+        self._loop = asyncio.get_running_loop()
+        self._sockets: set[socket.socket] = set()
+        self._slots = threading.Semaphore(MAX_STREAMS)
+
+    def serve(self, sock: socket.socket) -> None:
+        """Take over an authenticated connection; returns at once."""
+        self._sockets.add(sock)
+        threading.Thread(target=self._run, args=(sock,), name="shoal-transfer", daemon=True).start()
+
+    def _on_loop(self, call: Callable[..., Any], *args: Any) -> Any:
+        async def run() -> Any:
+            return call(*args)
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+
+    def _run(self, sock: socket.socket) -> None:
+        pinned: tuple[bytes, int, int] | None = None
+        try:
+            sock.setblocking(True)
+            while True:
+                request = _read_message(sock)
+                if pinned is None or pinned[0] != request.object_id:
+                    if pinned is not None:
+                        self._on_loop(self._unpin, pinned[0])
+                        pinned = None
+                    found = self._on_loop(self._pin, request.object_id)
+                    pinned = (request.object_id, *found) if found is not None else None
+                if pinned is None or not 0 <= request.start <= request.start + request.length <= pinned[2]:
+                    _send(sock, ChunkHeader(request.object_id, request.start, -1))
+                    continue
+                with self._slots:
+                    _send(sock, ChunkHeader(request.object_id, request.start, request.length))
+                    self._send_bytes(sock, pinned[1] + request.start, request.length)
+                if request.start + request.length == pinned[2]:
+                    self._on_loop(self._unpin, pinned[0])
+                    pinned = None
+        except (OSError, FrameError, msgspec.DecodeError, msgspec.ValidationError) as exc:
+            logger.debug("a transfer connection ended: %s", exc)
+        finally:
+            sock.close()
+            self._sockets.discard(sock)
+            if pinned is not None and not self._loop.is_closed():
+                self._on_loop(self._unpin, pinned[0])
+
+    def _send_bytes(self, sock: socket.socket, offset: int, length: int) -> None:
+        while length:
+            sent = os.sendfile(sock.fileno(), self._fd, offset, length)
+            offset += sent
+            length -= sent
+
+    def close(self) -> None:
+        for sock in list(self._sockets):
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the peer was faster
+
+
+class Puller:
+    """The receiver's side."""
+
+    def __init__(self, token: bytes, name: str) -> None:
+        self._token = token
+        self._name = name
+        self._threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="shoal-pull")
+        self._kept: dict[str, list[socket.socket]] = {}
+        self._lock = threading.Lock()
+
+    async def pull(self, object_id: bytes, target: memoryview, sources: Sequence[str]) -> None:
+        """Fill `target` (the object's whole size) from the first of `sources` (addresses) that can, going on where a lost
+        one stopped.
+
+        Raises:
+            SourceLostError: no source is left.
+        """
+        loop = asyncio.get_running_loop()
+        done = 0
+        why = "no node has a copy"
+        for address in sources:
+            progress = [done]
+            try:
+                await loop.run_in_executor(self._threads, self._pull_from, address, object_id, target, progress)
+                return
+            except (OSError, FrameError, ShoalError, SourceLostError, msgspec.DecodeError) as exc:
+                done = progress[0]
+                why = f"{address}: {exc}"
+                logger.warning("a transfer lost its source object=%s at=%s: %s", object_id.hex(), done, why)
+        raise SourceLostError(why)
+
+    def _pull_from(self, address: str, object_id: bytes, target: memoryview, progress: list[int]) -> None:
+        sock = self._connect(address)
+        keep = False
+        try:
+            total = len(target)
+            asked = progress[0]
+            waiting: deque[int] = deque()
+            while progress[0] < total or waiting:
+                while len(waiting) < AHEAD and asked < total:
+                    length = min(CHUNK_BYTES, total - asked)
+                    _send(sock, PullChunk(object_id, asked, length))
+                    waiting.append(length)
+                    asked += length
+                header = _read_message(sock)
+                if header.length < 0:
+                    raise SourceLostError("it has no copy of the object any more")
+                waiting.popleft()
+                self._receive(sock, target[progress[0] : progress[0] + header.length], progress)
+            keep = True
+        finally:
+            if keep:
+                self._keep(address, sock)
+            else:
+                sock.close()
+
+    def _receive(self, sock: socket.socket, target: memoryview, progress: list[int]) -> None:
+        got = 0
+        while got < len(target):
+            count = sock.recv_into(target[got:], 0, socket.MSG_WAITALL)
+            if not count:
+                raise ConnectionResetError("the source closed the connection")
+            got += count
+            progress[0] += count
+
+    def _connect(self, address: str) -> socket.socket:
+        with self._lock:
+            kept = self._kept.get(address)
+            if kept:
+                return kept.pop()
+        sock = open_socket(address, STALL_S)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            shake_hands(sock, self._token, "transfer", self._name)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _keep(self, address: str, sock: socket.socket) -> None:
+        with self._lock:
+            kept = self._kept.setdefault(address, [])
+            if len(kept) < KEPT_PER_SOURCE:
+                kept.append(sock)
+                return
+        sock.close()
+
+    def forget(self, address: str) -> None:
+        """A node is gone: close what is kept to it."""
+        with self._lock:
+            for sock in self._kept.pop(address, []):
+                sock.close()
+
+    def close(self) -> None:
+        for address in list(self._kept):
+            self.forget(address)
+        self._threads.shutdown(wait=False, cancel_futures=True)
