@@ -39,7 +39,7 @@ lint: $(STAMP)  ## format, lint, import layers, types
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## shoal beside Ray, Dask and the standard library; writes docs/benchmarks.md (BENCH="--quick --only put")
-	@$(BIN)/python benchmarks/run.py $(BENCH)
+	@$(BIN)/python benchmarks/compare.py $(BENCH)
 
 # Any index will do: only names, versions and hashes are written down.
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

@@ -1,4 +1,5 @@
-"""Who takes part: each peer's environment, made on demand from pinned versions, and the command that starts its worker."""
+"""Who takes part: each peer's environment, made on demand from pinned versions, and the command that starts its
+worker."""
 
 from __future__ import annotations
 

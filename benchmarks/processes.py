@@ -1,7 +1,8 @@
 """Which processes belong to a run, so that they can be weighed, and ended when a peer does not end them itself.
 
-A process belongs when its environment carries the run's mark, or when one of its ancestors does: the clusters under test start
-daemons that leave their parent, and some rewrite the memory that holds their environment. Only marked processes are ever ended.
+A process belongs when its environment carries the run's mark, or when one of its ancestors does: the clusters under
+test start daemons that leave their parent, and some rewrite the memory that holds their environment. Only marked
+processes are ever ended.
 """
 
 from __future__ import annotations

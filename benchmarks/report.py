@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table as RichTable
+
 from workloads import BY_NAME, TITLES, YARDSTICKS, Workload
 
 Key = tuple[str, str]  # (peer, workload)
@@ -39,14 +40,17 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """One thing that a row asks of shoal: what it says, and whether it holds (None: there is nothing to compare with)."""
+    """One thing that a row asks of shoal: what it says, and whether it holds (None: there is nothing to compare
+    with)."""
 
     text: str
     met: bool | None
 
 
 class Table:
-    def __init__(self, medians: Mapping[Key, float], failures: Mapping[Key, str], peers: Sequence[str], names: Sequence[str]) -> None:
+    def __init__(
+        self, medians: Mapping[Key, float], failures: Mapping[Key, str], peers: Sequence[str], names: Sequence[str]
+    ) -> None:
         self._medians = medians
         self._failures = failures
         self._peers = list(peers)
@@ -120,19 +124,26 @@ class Table:
         return number(value) if ratio is None else f"{number(value)} ({number(ratio)}x)"
 
     def _page(self, facts: Facts) -> Iterator[str]:
-        kind = "a quick run: rough numbers" if facts.quick else f"medians of {facts.rounds} rounds in which the peers took turns"
+        kind = (
+            "a quick run: rough numbers"
+            if facts.quick
+            else f"medians of {facts.rounds} rounds in which the peers took turns"
+        )
         yield "# Benchmarks\n"
         yield "<!-- Written by `make bench`. -->\n"
         yield f"{kind[0].upper()}{kind[1:]}, {facts.took_s / 60:.0f} minutes in all, on {machine()}.\n"
-        versions = (f"{TITLES[peer]} {version}" for peer, version in facts.versions.items() if peer in ("shoal", "ray", "dask"))
-        yield f"{', '.join(versions)}, Python {platform.python_version()}; each as a user installs it, with its defaults.\n"
+        versions = (
+            f"{TITLES[peer]} {version}" for peer, version in facts.versions.items() if peer in ("shoal", "ray", "dask")
+        )
+        yield f"{', '.join(versions)}, Python {platform.python_version()}, each with its defaults.\n"
         yield "In brackets: how many times better shoal is. A dash: the peer has no such thing.\n"
         yield from self._markdown(self._names, with_goals=True)
         yield "\n## What the bare machine does\n"
         yield "| yardstick | unit | value | |\n|---|---|---:|---|"
         for yardstick in YARDSTICKS:
             value = self._medians.get(("machine", yardstick.name))
-            yield f"| {yardstick.name} | {yardstick.unit} | {'-' if value is None else number(value)} | {yardstick.about} |"
+            shown = "-" if value is None else number(value)
+            yield f"| {yardstick.name} | {yardstick.unit} | {shown} | {yardstick.about} |"
         yield "\n## What the rows measure\n"
         yield from (f"- **{name}**: {BY_NAME[name].about}." for name in self._names if BY_NAME[name].about)
         if self._failures:
@@ -140,7 +151,11 @@ class Table:
             yield from (f"- {line}" for line in self.failure_lines())
 
     def _markdown(self, names: Sequence[str], *, with_goals: bool) -> Iterator[str]:
-        yield "| workload | unit | " + " | ".join(TITLES[peer] for peer in self._peers) + (" | goal |" if with_goals else " |")
+        yield (
+            "| workload | unit | "
+            + " | ".join(TITLES[peer] for peer in self._peers)
+            + (" | goal |" if with_goals else " |")
+        )
         yield "|---|---|" + "---:|" * len(self._peers) + ("---|" if with_goals else "")
         for name in names:
             cells = [f"**{c}**" if p == "shoal" and c != "-" else c for p in self._peers for c in [self._cell(p, name)]]

@@ -1,7 +1,8 @@
 """Dask (distributed) with a local cluster: one single-threaded worker process per core, no dashboard.
 
-Its actors live inside a worker and have no process of their own, and its values lie in its workers' heaps, so several rows stay
-empty. A rate that needs no result kept is measured with `pure=False`, as otherwise Dask runs equal calls once.
+Its actors live inside a worker and have no process of their own, and its values lie in its workers' heaps, so several
+rows stay empty. A rate that needs no result kept is measured with `pure=False`, as otherwise Dask runs equal calls
+once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 import worker
 from workloads import MIB
 
@@ -70,7 +72,9 @@ class Actor:
 
 
 def import_time(_: worker.Timing) -> float:
-    program = "import time; start = time.perf_counter(); import distributed; print(time.perf_counter() - start)"
+    program = (
+        "import time; start = time.perf_counter(); from distributed import Client; print(time.perf_counter() - start)"
+    )
     return [float(subprocess.check_output([sys.executable, "-c", program])) for _ in range(2)][-1]
 
 

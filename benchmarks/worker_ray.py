@@ -1,7 +1,8 @@
-"""Shoal and Ray: one file, since the API is the same. `worker_ray.py shoal ...` and `worker_ray.py ray ...` differ in one import.
+"""Shoal and Ray: one file, since the API is the same. `worker_ray.py shoal ...` and `worker_ray.py ray ...` differ in
+one import.
 
-The bodies follow Ray's own microbenchmark (`ray microbenchmark`), with smaller batches where two cores and a minute are all there
-is; the counts are equal for both, except where a comment says why not.
+The bodies follow Ray's own microbenchmark (`ray microbenchmark`), with smaller batches where two cores and a minute
+are all there is; the counts are equal for both, except where a comment says why not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 import worker
 from workloads import GIB, MIB
 
@@ -27,95 +29,92 @@ CALLERS = 4
 TARGETS = max(2, (os.cpu_count() or 2) // 2)
 QUEUED = 100_000
 
-ray: Any = None  # the API under test, imported by `load()`: importing it is a workload too
-remote: Any = None
+ray: Any = importlib.import_module(API)
 
 
-def load() -> Any:
-    """Import the API and define the tasks and actors on it."""
-    global ray
-    if ray is None:
-        ray = importlib.import_module(API)
-        define()
-    return ray
+# ------------------------------------------------------------------------------------------------------ what is called
+
+
+@ray.remote
+def no_op() -> bytes:
+    return b"ok"
+
+
+@ray.remote
+def echo(value: Any) -> Any:
+    return value
+
+
+@ray.remote
+def make_array(size_bytes: int) -> Any:
+    return np.ones(size_bytes // 8)
+
+
+@ray.remote
+def make_refs(count: int) -> list[Any]:
+    return [ray.put(1) for _ in range(count)]
+
+
+@ray.remote
+def fib(n: int) -> int:
+    return n if n < 2 else sum(ray.get([fib.remote(n - 1), fib.remote(n - 2)]))
+
+
+@ray.remote
+def call_all(targets: list[Any], calls: int) -> None:
+    ray.get([targets[i % len(targets)].no_op.remote() for i in range(calls)])
+
+
+@ray.remote
+def hold(path: str) -> None:
+    while Path(path).exists():
+        time.sleep(0.05)
+
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def no_op(self) -> bytes:
+        return b"ok"
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def submit_tasks(self, count: int) -> None:
+        ray.get([no_op.remote() for _ in range(count)])
+
+    def put_many(self, count: int) -> None:
+        for _ in range(count):
+            ray.put(0)
+
+
+@ray.remote(num_cpus=0)
+class AsyncActor:
+    async def no_op(self) -> bytes:
+        return b"ok"
+
+    async def echo(self, value: Any) -> Any:
+        return value
+
+
+@ray.remote(num_cpus=0)
+class Caller:
+    def __init__(self, targets: list[Any]) -> None:
+        self.targets = targets
+
+    def call_all(self, calls: int) -> None:
+        ray.get([target.no_op.remote() for _ in range(calls) for target in self.targets])
+
+
+# ------------------------------------------------------------------------------------------------------------ clusters
 
 
 @contextmanager
 def cluster(**options: Any) -> Iterator[None]:
-    load().init(logging_level="error", **options)
+    ray.init(logging_level="error", **options)
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def define() -> None:
-    """The tasks and actors that the workloads call; module globals, as a user's program has them."""
-    global no_op, echo, make_array, make_refs, fib, call_all, hold, where, Actor, AsyncActor, Caller
-
-    @ray.remote
-    def no_op() -> bytes:
-        return b"ok"
-
-    @ray.remote
-    def echo(value: Any) -> Any:
-        return value
-
-    @ray.remote
-    def make_array(size_bytes: int) -> Any:
-        return np.ones(size_bytes // 8)
-
-    @ray.remote
-    def make_refs(count: int) -> list[Any]:
-        return [ray.put(1) for _ in range(count)]
-
-    @ray.remote
-    def fib(n: int) -> int:
-        return n if n < 2 else sum(ray.get([fib.remote(n - 1), fib.remote(n - 2)]))
-
-    @ray.remote
-    def call_all(targets: list[Any], calls: int) -> None:
-        ray.get([targets[i % len(targets)].no_op.remote() for i in range(calls)])
-
-    @ray.remote
-    def hold(path: str) -> None:
-        while Path(path).exists():
-            time.sleep(0.05)
-
-    @ray.remote
-    def where() -> int:
-        return os.getpid()
-
-    @ray.remote(num_cpus=0)
-    class Actor:
-        def no_op(self) -> bytes:
-            return b"ok"
-
-        def pid(self) -> int:
-            return os.getpid()
-
-        def submit_tasks(self, count: int) -> None:
-            ray.get([no_op.remote() for _ in range(count)])
-
-        def put_many(self, count: int) -> None:
-            for _ in range(count):
-                ray.put(0)
-
-    @ray.remote(num_cpus=0)
-    class AsyncActor:
-        async def no_op(self) -> bytes:
-            return b"ok"
-
-        async def echo(self, value: Any) -> Any:
-            return value
-
-    @ray.remote(num_cpus=0)
-    class Caller:
-        def __init__(self, targets: list[Any]) -> None:
-            self.targets = targets
-
-        def call_all(self, calls: int) -> None:
-            ray.get([target.no_op.remote() for _ in range(calls) for target in self.targets])
 
 
 @contextmanager
@@ -135,12 +134,12 @@ def actors(cls: Any, count: int = 1, **options: Any) -> Iterator[list[Any]]:
 
 def import_time(_: worker.Timing) -> float:
     """Seconds, the interpreter's own start not counted; the second import, so that byte code is there."""
-    program = f"import time; start = time.perf_counter(); import {API}; print(time.perf_counter() - start)"
+    use = f"from {API} import get, init, put, remote, wait"  # not the bare module, which may put its own imports off
+    program = f"import time; start = time.perf_counter(); {use}; print(time.perf_counter() - start)"
     return [float(subprocess.check_output([sys.executable, "-c", program])) for _ in range(2)][-1]
 
 
 def start_to_first_result(_: worker.Timing) -> float:
-    load()
     begin = time.perf_counter()
     with cluster():
         ray.get(no_op.remote())
@@ -183,9 +182,9 @@ def fibonacci(_: worker.Timing) -> float:
 # -------------------------------------------------------------------------------------------------------------- actors
 
 
-def one_to_one(cls: str, pipelined: bool, **options: Any) -> worker.Run:
+def one_to_one(cls: Any, pipelined: bool, **options: Any) -> worker.Run:
     def run(timing: worker.Timing) -> float:
-        with actors(globals()[cls], **options) as (actor,):
+        with actors(cls, **options) as (actor,):
             if pipelined:
                 return timing.rate(lambda: ray.get([actor.no_op.remote() for _ in range(1000)]), 1000)
             return timing.rate(lambda: ray.get(actor.no_op.remote()))
@@ -322,7 +321,6 @@ def queued_bytes(_: worker.Timing) -> float:
 
 def transfer(_: worker.Timing) -> float:
     """GB/s of a get of 1 GiB that lies on the other node; the second, when memory is warm on both sides."""
-    load()
     nodes = importlib.import_module(f"{API}.cluster_utils")
     store = {"object_store_memory": 3 * GIB}
     group = nodes.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
@@ -355,13 +353,13 @@ if __name__ == "__main__":
         "map of 10k no-ops, chunksize=1": tasks_map,
         "single client tasks and get batch": tasks_batch,
         "multi client tasks async": tasks_multi,
-        "1:1 actor calls sync": one_to_one("Actor", pipelined=False),
-        "1:1 actor calls async": one_to_one("Actor", pipelined=True),
-        "1:1 actor calls concurrent": one_to_one("Actor", pipelined=True, max_concurrency=16),
+        "1:1 actor calls sync": one_to_one(Actor, pipelined=False),
+        "1:1 actor calls async": one_to_one(Actor, pipelined=True),
+        "1:1 actor calls concurrent": one_to_one(Actor, pipelined=True, max_concurrency=16),
         "1:n actor calls async": one_to_many,
         "n:n actor calls async": many_to_many,
-        "1:1 async-actor calls sync": one_to_one("AsyncActor", pipelined=False),
-        "1:1 async-actor calls async": one_to_one("AsyncActor", pipelined=True),
+        "1:1 async-actor calls sync": one_to_one(AsyncActor, pipelined=False),
+        "1:1 async-actor calls async": one_to_one(AsyncActor, pipelined=True),
         "1:1 async-actor calls with args async": async_with_args,
         "single client get calls": get_calls,
         "single client put calls": put_calls,

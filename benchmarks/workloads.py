@@ -1,10 +1,11 @@
 """What is measured: the names, units and goals that every peer's worker and the report share.
 
-Names are those of Ray's microbenchmark wherever it has the workload, so that its published numbers can be laid beside ours. A
-worker script defines a function for each workload that its peer can do; where it has none, the report shows a dash.
+Names are those of Ray's microbenchmark wherever it has the workload, so that its published numbers can be laid beside
+ours. A worker script defines a function for each workload that its peer can do; where it has none, the report shows a
+dash.
 
-A `fresh` workload gets a process and a cluster of its own, because it measures starting, or needs a quiet or special cluster.
-The others of a peer share one process and one cluster in each round, as in a real program.
+A `fresh` workload gets a process and a cluster of its own, because it measures starting, or needs a quiet or special
+cluster. The others of a peer share one process and one cluster in each round, as in a real program.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ class Workload:
     """One row of the table.
 
     Attributes:
-        unit: of the values that workers report.
-        more_is_better: False for times and sizes.
-        goal: a bound in `unit` that shoal should reach (at least, or at most), None where the goal is relative or absent.
+        unit: of the values that workers report. more_is_better: False for times and sizes. goal: a bound in `unit`
+        that shoal should reach (at least, or at most), None where the goal is relative or absent.
         versus: (peer, factor): shoal should be that many times better than the peer in the same run.
         yardstick: (name, fraction): shoal should reach that fraction of what the bare machine does.
         limit_s: a peer that takes longer is stopped and its cell says so.
@@ -51,11 +51,29 @@ YARDSTICKS: Final = (
 )
 
 WORKLOADS: Final = (
-    Workload("import time", "s", more_is_better=False, fresh=True, goal=0.1, about="in a fresh interpreter"),
     Workload(
-        "start to first result", "s", more_is_better=False, fresh=True, goal=0.35, about="init() to the first task's result"
+        "import time",
+        "s",
+        more_is_better=False,
+        fresh=True,
+        goal=0.1,
+        about="of the functions that a program needs, in a fresh interpreter",
     ),
-    Workload("single client tasks sync", "/s", versus=("ray", 8), yardstick=(PING_PONG, 1 / 1.5), about="one no-op task at a time"),
+    Workload(
+        "start to first result",
+        "s",
+        more_is_better=False,
+        fresh=True,
+        goal=0.35,
+        about="init() to the first task's result",
+    ),
+    Workload(
+        "single client tasks sync",
+        "/s",
+        versus=("ray", 8),
+        yardstick=(PING_PONG, 1 / 1.5),
+        about="one no-op task at a time",
+    ),
     Workload("single client tasks async", "/s", goal=50_000, versus=("ray", 25), about="1,000 no-op tasks all at once"),
     Workload(
         "map of 10k no-ops, chunksize=1",
@@ -79,12 +97,35 @@ WORKLOADS: Final = (
     Workload("multi client put calls", "/s", about="ten tasks put 100 numbers each"),
     Workload("single client put gigabytes", "GB/s", yardstick=(MEMCPY, 0.9), about="a numpy array of 100 MiB"),
     Workload("put vs memcpy", "%", goal=90, about="the same put, against a copy into warm memory by the same process"),
-    Workload("large get latency", "us", more_is_better=False, goal=100, about="first get of a 64 MiB array that a task made"),
+    Workload(
+        "large get latency", "us", more_is_better=False, goal=100, about="first get of a 64 MiB array that a task made"
+    ),
     Workload("single client wait 1k refs", "/s", about="submit 1,000 tasks, wait for them one by one"),
     Workload("single client get object containing 10k refs", "/s"),
-    Workload("fib(12) with a task per call", "s", more_is_better=False, goal=1.0, limit_s=90.0, about="465 tasks that wait for others"),
-    Workload("new actors (own process)", "/s", fresh=True, goal=300, limit_s=90.0, about="200 at once, each answers once; Ray is asked for 16"),
-    Workload("idle worker private memory", "MB", more_is_better=False, fresh=True, goal=10, about="an actor that has answered once"),
+    Workload(
+        "fib(12) with a task per call",
+        "s",
+        more_is_better=False,
+        goal=1.0,
+        limit_s=90.0,
+        about="465 tasks that wait for others",
+    ),
+    Workload(
+        "new actors (own process)",
+        "/s",
+        fresh=True,
+        goal=300,
+        limit_s=90.0,
+        about="200 at once, each answers once; Ray is asked for 16",
+    ),
+    Workload(
+        "idle worker private memory",
+        "MB",
+        more_is_better=False,
+        fresh=True,
+        goal=10,
+        about="an actor that has answered once",
+    ),
     Workload(
         "idle cluster total memory",
         "MB",
@@ -93,7 +134,14 @@ WORKLOADS: Final = (
         goal=250,
         about="proportional share of every process but the driver, 3 s after the first task",
     ),
-    Workload("idle cluster CPU", "% of a core", more_is_better=False, fresh=True, goal=1, about="every process but the driver, over 5 s"),
+    Workload(
+        "idle cluster CPU",
+        "% of a core",
+        more_is_better=False,
+        fresh=True,
+        goal=1,
+        about="every process but the driver, over 5 s",
+    ),
     Workload(
         "queued tasks: bytes each (100k)",
         "bytes",

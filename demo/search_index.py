@@ -1,8 +1,9 @@
 """A small full-text search engine: an inverted index, ranked by BM25. Plain Python, nothing about clusters in here.
 
-The index maps each word to the documents that it occurs in and how often. It is cut into shards by word, so that each shard
-knows all documents of its words and can score them alone. To answer a query, the scores of its words are added up, in the order
-of the query: the sum of the same numbers in the same order is the same to the last bit, on one machine or on many.
+The index maps each word to the documents that it occurs in and how often. It is cut into shards by word, so that each
+shard knows all documents of its words and can score them alone. To answer a query, the scores of its words are added
+up, in the order of the query: the sum of the same numbers in the same order is the same to the last bit, on one
+machine or on many.
 
 Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009.
 """
@@ -21,7 +22,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
 
-WORD: Final = re.compile(r"[a-z][a-z0-9]+")
+WORD: Final = re.compile(r"[A-Z]?[a-z]+|[A-Z]{2,}(?![a-z])")  # names are words put together: HTTPServer, max_len
 K1: Final = 1.2  # how soon more of the same word counts for nothing
 B: Final = 0.75  # how much a long document is marked down
 
@@ -35,8 +36,8 @@ Scores = dict[int, float]
 class Corpus:
     """Many documents in one block of memory.
 
-    The text is one buffer that is shared, not copied, when the corpus is passed to tasks: pickle's protocol 5 takes it out of
-    band, and what comes out at the other end is a view into the node's shared memory.
+    The text is one buffer that is shared, not copied, when the corpus is passed to tasks: pickle's protocol 5 takes it
+    out of band, and what comes out at the other end is a view into the node's shared memory.
     """
 
     def __init__(self, names: Sequence[str], text: pickle.PickleBuffer | bytes, offsets: Sequence[int]) -> None:
@@ -57,7 +58,8 @@ class Corpus:
         return self.offsets[documents.stop] - self.offsets[documents.start]
 
     def cut(self, pieces: int) -> list[range]:
-        """Ranges of documents, in order, of about equally much text; fewer than `pieces` when there are few documents."""
+        """Ranges of documents, in order, of about equally much text; fewer than `pieces` when there are few
+        documents."""
         share = self.offsets[-1] / pieces
         starts = sorted({min(range(len(self)), key=lambda i: abs(self.offsets[i] - share * n)) for n in range(pieces)})
         return [range(start, stop) for start, stop in pairwise([*starts, len(self)])]
@@ -89,9 +91,9 @@ def index_documents(corpus: Corpus, documents: range, shards: int) -> Batch:
     postings: list[defaultdict[str, list[int]]] = [defaultdict(list) for _ in range(shards)]
     lengths = []
     for number in documents:
-        words = WORD.findall(corpus.document(number).lower())
+        words = WORD.findall(corpus.document(number))
         lengths.append(len(words))
-        for word, count in Counter(words).items():
+        for word, count in Counter(map(str.lower, words)).items():
             postings[shard_of(word, shards)][word] += (number, count)
     return Batch([dict(shard) for shard in postings], lengths)
 
@@ -111,8 +113,13 @@ class Shard:
         for word, entries in postings.items():
             self.postings[word] += entries
 
+    def size(self) -> tuple[int, int]:
+        """(how many words, how many pairs of word and document)"""
+        return len(self.postings), sum(map(len, self.postings.values())) // 2
+
     def score(self, words: Iterable[str], lengths: Sequence[int]) -> dict[str, Scores]:
-        """What each word adds to the score of each document that has it. `lengths`: words per document, of all documents."""
+        """What each word adds to the score of each document that has it. `lengths`: words per document, of all
+        documents."""
         average = sum(lengths) / len(lengths)
         scores = {}
         for word in words:
@@ -136,7 +143,7 @@ class Hit:
 
 
 def words_of(query: str) -> list[str]:
-    return list(dict.fromkeys(WORD.findall(query.lower())))
+    return list(dict.fromkeys(map(str.lower, WORD.findall(query))))
 
 
 def rank(words: Sequence[str], scores: dict[str, Scores], names: Sequence[str], best: int = 3) -> list[Hit]:

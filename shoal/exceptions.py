@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _PACKAGE_DIR: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _MAX_TRACEBACK_CHARS: Final = 64 * 1024  # a thousand nested tasks must not make a thousand times the text
 _MAX_CHAIN: Final = 16  # exceptions carried along `__cause__`; the text shows the rest
+_MAX_STRIPPED: Final = 1000  # exceptions of one chain whose frames are looked at
 _HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was not made by the interpreter itself
 
 
@@ -198,17 +199,27 @@ def _new_bare(cls: type[Any], like: BaseException) -> Any:
 
 
 def _copy_slots(source: BaseException, target: BaseException) -> None:
-    """Copy what lives outside `__dict__`: `__slots__`, and fields such as OSError.errno."""
-    for cls in type(source).__mro__:
+    for name, value in _slots(source).items():
+        try:
+            setattr(target, name, value)
+        except (AttributeError, TypeError):  # read-only
+            continue
+
+
+def _slots(exc: BaseException) -> dict[str, Any]:
+    """What lives outside `__dict__`: `__slots__`, and fields of built-in classes such as OSError.errno."""
+    found: dict[str, Any] = {}
+    for cls in type(exc).__mro__:
         if cls is BaseException:
-            return
+            break
         for name, member in vars(cls).items():
             if name[:2] == "__" or type(member).__name__ not in ("member_descriptor", "getset_descriptor"):
                 continue
             try:
-                setattr(target, name, getattr(source, name))
-            except (AttributeError, TypeError):  # unset, or read-only
+                found[name] = getattr(exc, name)
+            except AttributeError:  # unset
                 continue
+    return found
 
 
 def _pack(exc: BaseException | None, depth: int = 0) -> bytes | None:
@@ -226,10 +237,10 @@ def _pack(exc: BaseException | None, depth: int = 0) -> bytes | None:
     for attempt in (_whole, _parts, _base_class):
         try:
             body = attempt(exc, depth)
-            if body is not None:
-                return pickle.dumps((body, link, explicit))
-        except Exception:  # noqa: BLE001 - user code runs in here (__reduce__, __getstate__): whatever it raises, try the next way
+        except Exception:  # noqa: BLE001 - user code runs in here (__reduce__, __eq__): go on with the next way
             continue
+        if body is not None:
+            return pickle.dumps((body, link, explicit))
     return None
 
 
@@ -276,30 +287,32 @@ def _restore(way: str, body: Any) -> BaseException:
 
 
 def _whole(exc: BaseException, depth: int) -> tuple[str, Any] | None:
+    """For classes that say how they want to be pickled. The others only inherit a way that calls `cls(*args)`, which is
+    wrong for each one whose `__init__` takes something else than what it hands to `super().__init__`."""
     import cloudpickle
 
+    own = {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__"}
+    if not any(own & vars(cls).keys() for cls in type(exc).__mro__ if cls.__flags__ & _HEAP_TYPE):
+        return None
     body: bytes = cloudpickle.dumps(exc)
-    # Many classes pickle but cannot be read back, because their __init__ wants other arguments than `args`.
     back = pickle.loads(body)  # noqa: S301
     return ("whole", body) if type(back) is type(exc) else None
 
 
-def _parts(exc: BaseException, depth: int) -> tuple[str, Any] | None:
+def _parts(exc: BaseException, depth: int) -> tuple[str, Any]:
     """Class, args and attributes one by one; what cannot be pickled is replaced by its repr()."""
     import cloudpickle
 
-    if isinstance(exc, BaseExceptionGroup):
-        cls: type[BaseException] = BaseExceptionGroup if not isinstance(exc, Exception) else ExceptionGroup
-        try:
-            type(exc)(exc.message, [ValueError()])
-            cloudpickle.dumps(type(exc))
-            cls = type(exc)
-        except Exception:  # noqa: BLE001
-            pass  # a group class of the user's with a different constructor: the plain group says the same
-        members = [(_pack(member, depth + 1), _line(member)) for member in exc.exceptions]
-        return "group", cloudpickle.dumps((cls, exc.message, members))
-    body = _portable_parts(type(exc), exc)
-    return ("parts", body)
+    if not isinstance(exc, BaseExceptionGroup):
+        return "parts", _portable_parts(type(exc), exc)
+    cls: type[BaseException] = type(exc)
+    try:
+        cls(exc.message, [ValueError()])
+        cloudpickle.dumps(cls)
+    except Exception:  # noqa: BLE001 - a user's class with another constructor: the plain group says the same
+        cls = ExceptionGroup if isinstance(exc, Exception) else BaseExceptionGroup
+    members = [(_pack(member, depth + 1), _line(member)) for member in exc.exceptions]
+    return "group", cloudpickle.dumps((cls, exc.message, members))
 
 
 def _base_class(exc: BaseException, depth: int) -> tuple[str, Any] | None:
@@ -317,14 +330,15 @@ def _base_class(exc: BaseException, depth: int) -> tuple[str, Any] | None:
 def _portable_parts(cls: type[BaseException], exc: BaseException) -> bytes:
     import cloudpickle
 
-    state: dict[str, Any] = dict(vars(exc))
-    for base in cls.__mro__:
-        for slot in getattr(base, "__slots__", ()) if base.__flags__ & _HEAP_TYPE else ():
-            if hasattr(exc, slot):
-                state[slot] = getattr(exc, slot)
-    args = tuple(_portable(arg) for arg in exc.args)
-    body: bytes = cloudpickle.dumps((cls, args, {name: _portable(value) for name, value in state.items()}))
-    _restore("parts", body)
+    state = _slots(exc) | vars(exc)
+    state.pop("obj", None)  # of an AttributeError: whatever it was looked up on, however large
+    try:
+        body: bytes = cloudpickle.dumps((cls, exc.args, state))
+        _restore("parts", body)
+    except Exception:  # noqa: BLE001 - user code runs in here: find out which part it is
+        args = tuple(map(_portable, exc.args))
+        body = cloudpickle.dumps((cls, args, {name: _portable(value) for name, value in state.items()}))
+        _restore("parts", body)
     return body
 
 
@@ -353,7 +367,7 @@ def _format(exc: BaseException) -> str:
 
     try:
         report = traceback.TracebackException.from_exception(exc, compact=True)
-        _strip(report)
+        _strip(report, exc)
         text = "".join(report.format())
     except Exception:  # noqa: BLE001 - the user's __str__ or a broken source loader
         text = _line(exc) + "\n"
@@ -363,19 +377,23 @@ def _format(exc: BaseException) -> str:
     return text
 
 
-def _strip(report: TracebackException) -> None:
+def _strip(report: TracebackException, exc: BaseException) -> None:
     """Take shoal's own frames out of a traceback and of all that it chains to; keep them where nothing else is left."""
-    todo, seen = [report], 0
-    while todo and seen < 1000:
-        seen += 1
-        one = todo.pop()
+    todo: list[tuple[TracebackException | None, BaseException | None]] = [(report, exc)]
+    for _ in range(_MAX_STRIPPED):
+        if not todo:
+            return
+        one, of = todo.pop()
+        if one is None or of is None:
+            continue
         users = [frame for frame in one.stack if not frame.filename.startswith(_PACKAGE_DIR)]
         if users:
             one.stack[:] = users
-        if one.exc_type is not None and issubclass(one.exc_type, TaskError):
+        if isinstance(of, TaskError):
             one.__cause__ = one.__context__ = None  # its text tells that part already
-        todo += [next_ for next_ in (one.__cause__, one.__context__) if next_ is not None]
-        todo += one.exceptions or ()
+        todo += [(one.__cause__, of.__cause__), (one.__context__, of.__context__)]
+        if isinstance(of, BaseExceptionGroup):
+            todo += zip(one.exceptions or (), of.exceptions, strict=False)
 
 
 class UserCodeException(ShoalError):
@@ -572,13 +590,20 @@ class ActorPlacementGroupRemoved(ShoalError):
 
 
 class ObjectLostError(ShoalError):
-    """A value that existed, or was promised, is gone. `object_ref_hex` names it; `reason` is one line."""
+    """A value that existed, or was promised, is gone.
+
+    Args:
+        object_ref_hex: which one; or the whole text, and then no reason.
+        reason: one line.
+    """
 
     def __init__(self, object_ref_hex: str = "", reason: str = "") -> None:
         super().__init__(object_ref_hex, reason)
         self.object_ref_hex, self.reason = object_ref_hex, reason
 
     def __str__(self) -> str:
+        if not self.reason and " " in self.object_ref_hex:
+            return self.object_ref_hex
         return f"object {self.object_ref_hex} is lost" + (f": {self.reason}" if self.reason else "")
 
 

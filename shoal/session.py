@@ -196,10 +196,25 @@ def create_node_folder(base: Path | None = None) -> NodeFolder:
     if len(os.fsencode(sockets)) <= MAX_SOCKET_FOLDER_BYTES:
         sockets.mkdir(mode=0o700)
     else:
-        short = base_folder(environ={}) / f"s_{secrets.token_hex(4)}"
-        short.mkdir(mode=0o700)
-        os.symlink(short, sockets)
+        _link_short_folder(sockets)
     return folder
+
+
+def _link_short_folder(link: Path) -> None:
+    """Make a folder with a short path, for which `link` stands; those whose link has vanished with its base go."""
+    base = base_folder(environ={})
+    for name in os.listdir(base):
+        if name.startswith("s_"):
+            owner = base / name / "link"
+            try:
+                if not os.path.lexists(os.readlink(owner)):
+                    shutil.rmtree(base / name, ignore_errors=True)
+            except OSError:  # it is being made or removed right now
+                continue
+    short = base / f"s_{secrets.token_hex(4)}"
+    os.symlink(short, link)
+    short.mkdir(mode=0o700)
+    os.symlink(link, short / "link")
 
 
 def node_folders(base: Path) -> list[NodeFolder]:
@@ -243,8 +258,10 @@ def find_cluster(base: Path) -> LiveNode | None:
 def find_node(base: Path, address: str) -> LiveNode | None:
     """The running local node that has this address, else the newest one whose cluster's head has it."""
     nodes = live_nodes(base)
-    own = [node for node in nodes if node.record.address == address]
-    joined = [node for node in nodes if node.record.control_address == address]
+    host, _, port = address.rpartition(":")
+    meant = {address} if host != "localhost" else {f"127.0.0.1:{port}", f"[::1]:{port}"}
+    own = [node for node in nodes if node.record.address in meant]
+    joined = [node for node in nodes if node.record.control_address in meant]
     found = own or joined
     return found[-1] if found else None
 

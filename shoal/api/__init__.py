@@ -7,6 +7,7 @@ hands both to the current `Runtime` (`shoal.runtime.slot`). It never sends a mes
     signatures.py       does a call fit the parameters
     strategies.py       where things may run
     options.py          what the decorator and `.options()` accept
+    remote_call.py      types of `.remote(...)`
     remote_function.py  `@remote` on a function
     actor.py            `@remote` on a class, handles, methods
     decorator.py        `remote` itself

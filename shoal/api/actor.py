@@ -7,8 +7,8 @@ looked up and then stays in the handle's `__dict__`, so that a later `handle.met
 and one call into the client. Methods hold the client, not the handle, so that no cycle keeps an actor alive.
 
 Types: `Counter.remote()` gives `ActorHandle[Counter]`. Type checkers have no way to derive the attributes of one class
-from those of another, so without help each method is `ActorMethod[..., Any]`; `shoal.api.mypy_plugin` gives mypy the rest,
-and `@method` plus `typed()` do it in every checker.
+from those of another, so without help each method is `ActorMethod[..., Any]`; `shoal.api.mypy_plugin` gives mypy the
+rest, and `@method` plus `typed()` do it in every checker.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ from shoal.api.options import (
     qualified_name,
     variant_key,
 )
+from shoal.api.remote_call import RemoteCall
 from shoal.api.signatures import ANYTHING, ASYNC_GENERATOR, COROUTINE, GENERATOR, Shape, code_flags, shape_of
 from shoal.api.words import did_you_mean, not_supported
 from shoal.runtime import slot
 from shoal.runtime.interface import ActorClient, ActorTemplate, MethodTemplate
-
-if TYPE_CHECKING:
-    from shoal.runtime.object_ref import ObjectRef
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,7 +48,7 @@ class ActorClassInheritanceException(TypeError):
     """A class was derived from an actor class. Derive plain classes, and decorate the last one."""
 
 
-# ---------------------------------------------------------------------------------------------------- what a handle knows
+# -------------------------------------------------------------------------------------------------- what a handle knows
 
 
 class MethodInfo:
@@ -142,23 +140,21 @@ def describe_class(cls: type, *, max_task_retries: int) -> tuple[ClassInfo, bool
 # ----------------------------------------------------------------------------------------------------------- methods
 
 
-class ActorMethod(Generic[P, R_co]):
+class ActorMethod(RemoteCall[P, R_co]):
     """A method of a handle: `handle.add.remote(1)` sends a call and returns a reference to its result."""
 
-    __slots__ = ("_call", "_info", "_least", "_most")
+    __slots__ = ("_call", "_client", "_info", "_least", "_most", "_template")
 
     def __init__(self, client: ActorClient, info: MethodInfo) -> None:
+        self._client = client
         self._call = client.call
         self._info = info
+        self._template = info.template
         self._least, self._most = (0, 1 << 30) if info.shape is None else info.shape.plain_range()
         if info.template.num_returns == _STREAMS:
             self._least, self._most = 1, 0  # every call is looked at, and refused
 
-    if TYPE_CHECKING:
-
-        def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R_co]: ...
-
-    else:
+    if not TYPE_CHECKING:
 
         def remote(self, *args, **kwargs):
             """Send one call, in order after those that this process sent before.
@@ -169,20 +165,19 @@ class ActorMethod(Generic[P, R_co]):
             """
             if kwargs or not self._least <= len(args) <= self._most:
                 self._check(args, kwargs)
-            return self._call(self._info.template, args, kwargs)
+            return self._call(self._template, args, kwargs)
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        template, shape = self._info.template, self._info.shape
+        template, shape = self._template, self._info.shape
         if template.num_returns == _STREAMS:
-            raise not_supported(
-                f"{template.label} is a generator: a stream of returns", "return a list, or use @method(num_returns=...)"
-            )
+            what = f"{template.label} is a generator: a stream of returns"
+            raise not_supported(what, "return a list, or use @method(num_returns=...)")
         if shape is not None and not shape.accepts(args, kwargs):
             raise TypeError(f"{template.label}.remote(): {shape.complaint(args, kwargs)}")
 
     def options(self, **options: Any) -> ActorMethod[P, R_co]:
         """The same method with other options for the calls made through what this returns."""
-        template = self._info.template
+        template = self._template
         settled = check_options(CALL_OPTIONS, options, where=f"{template.label}.options()")
         num_returns, retries = settled.get("num_returns"), settled.get("max_task_retries")
         changed = MethodTemplate(
@@ -191,19 +186,18 @@ class ActorMethod(Generic[P, R_co]):
             template.num_returns if num_returns is None else num_returns,
             template.max_task_retries if retries is None else retries,
         )
-        client: ActorClient = self._call.__self__  # type: ignore[attr-defined]  # a bound method of the client
-        return ActorMethod(client, MethodInfo(changed, self._info.shape))
+        return ActorMethod(self._client, MethodInfo(changed, self._info.shape))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
-        name = self._info.template.name
-        raise TypeError(f"a method of an actor cannot be called directly: instead of {name}(...) write {name}.remote(...)")
+        name = self._template.name
+        raise TypeError(f"a method of an actor cannot be called directly: write {name}.remote(...), not {name}(...)")
 
     def __repr__(self) -> str:
-        return f"ActorMethod({self._info.template.label})"
+        return f"ActorMethod({self._template.label})"
 
 
 class TypedMethod(Generic[S, P, R_co]):
-    """What type checkers see of a method under `@method`: inside its class the method itself, outside one with `remote`."""
+    """What type checkers see of a method under `@method`: on an instance it can be called and has `remote`."""
 
     if TYPE_CHECKING:
 
@@ -218,9 +212,7 @@ class _MethodDecorator:
     if TYPE_CHECKING:
 
         @overload
-        def __call__(
-            self, method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]], /
-        ) -> TypedMethod[S, P, R]: ...
+        def __call__(self, method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]], /) -> TypedMethod[S, P, R]: ...
         @overload
         def __call__(self, method: Callable[Concatenate[S, P], R], /) -> TypedMethod[S, P, R]: ...
         def __call__(self, method: Any, /) -> Any: ...
@@ -318,8 +310,10 @@ def _borrow(actor_id: bytes, home: bytes, weak: bool, packed: bytes) -> ActorHan
 
 
 def typed(handle: ActorHandle[T]) -> T:
-    """The handle itself, which type checkers take for an instance of the class, so that methods under `@method` keep their
-    types: `typed(counter).add.remote(1)` is an `ObjectRef[int]`."""
+    """The handle itself, which type checkers take for an instance of the class.
+
+    So methods under `@method` keep their types: `typed(counter).add.remote(1)` is an `ObjectRef[int]`.
+    """
     return handle  # type: ignore[return-value]  # that is the point
 
 
@@ -394,9 +388,8 @@ class ActorClass(Generic[T]):
         return variant
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(
-            f"an actor class cannot be called directly: instead of {self.__name__}(...) write {self.__name__}.remote(...)"
-        )
+        name = self.__name__
+        raise TypeError(f"an actor class cannot be called directly: write {name}.remote(...), not {name}(...)")
 
     def __mro_entries__(self, bases: tuple[object, ...]) -> NoReturn:
         raise ActorClassInheritanceException(
@@ -411,7 +404,7 @@ class ActorClass(Generic[T]):
         return _blank, (), (self._class, self._options)
 
     def __setstate__(self, state: tuple[type[T], dict[str, Any]]) -> None:
-        # A class that refers to itself through its methods' globals may be half built here: see `_settle`.
+        # A class that refers to itself through its methods' globals is half built now: look at it at the first use.
         self.__dict__["_pending"] = state
 
     def __getattr__(self, name: str) -> Any:

@@ -3,52 +3,34 @@
 A `RemoteFunction` holds one settled `TaskTemplate` and hands it, with the arguments, to the current runtime. A call
 costs one look into the slot and one comparison of argument counts on top of what the runtime does.
 
-Types: `f.remote(...)` checks arguments against the parameters of `f` and gives `ObjectRef[R]`. Where a parameter wants
-a `T`, an `ObjectRef[T]` may be passed as well, because top-level references are resolved before the task starts. Type
-checkers cannot map a `ParamSpec` that way, so `remote` is overloaded: the plain call in full, with keywords and
-defaults; then calls with references for up to nine positional arguments, matched through the callable that a
-RemoteFunction wraps (`Wraps`), which unlike a ParamSpec may be compared loosely; then references before keywords.
+Types: see `remote_call.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, NoReturn, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
 
-from shoal.api.options import TASK_OPTIONS, check_options, check_task_function, qualified_name, task_template, variant_key
+from shoal.api.options import (
+    TASK_OPTIONS,
+    check_options,
+    check_task_function,
+    qualified_name,
+    task_template,
+    variant_key,
+)
+from shoal.api.remote_call import RemoteCall
 from shoal.api.signatures import ANYTHING, Shape, shape_of
 from shoal.runtime import slot
 from shoal.runtime.interface import TaskTemplate
 
-if TYPE_CHECKING:
-    from shoal.runtime.object_ref import ObjectRef
-
 P = ParamSpec("P")
-Q = ParamSpec("Q")
-R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
-F_co = TypeVar("F_co", covariant=True)
-T0 = TypeVar("T0")
-T1 = TypeVar("T1")
-T2 = TypeVar("T2")
-T3 = TypeVar("T3")
-T4 = TypeVar("T4")
-T5 = TypeVar("T5")
-T6 = TypeVar("T6")
-T7 = TypeVar("T7")
-T8 = TypeVar("T8")
 
 _MAX_VARIANTS: Final = 64  # remembered `.options(...)` of one function; a loop over names must not fill the memory
 
 
-class Wraps(Protocol[F_co]):
-    """Whatever wraps a callable of type F."""
-
-    @property
-    def _function(self) -> F_co: ...
-
-
-class RemoteFunction(Generic[P, R_co]):
+class RemoteFunction(RemoteCall[P, R_co]):
     """A function whose calls run as tasks: `f.remote(...)` returns at once with a reference to the result."""
 
     __name__: str
@@ -85,36 +67,7 @@ class RemoteFunction(Generic[P, R_co]):
         function: Callable[P, R_co] = self._template.function
         return function
 
-    if TYPE_CHECKING:
-        # fmt: off
-        @overload
-        def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R_co]: ...
-        @overload
-        def remote(self: Wraps[Callable[[T0], R]], a0: T0 | ObjectRef[T0], /) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[[T0, T1], R]], a0: T0 | ObjectRef[T0], a1: T1 | ObjectRef[T1], /) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[[T0, T1, T2], R]], a0: T0 | ObjectRef[T0], a1: T1 | ObjectRef[T1], a2: T2 | ObjectRef[T2], /) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[[T0, T1, T2, T3], R]], a0: T0 | ObjectRef[T0], a1: T1 | ObjectRef[T1], a2: T2 | ObjectRef[T2], a3: T3 | ObjectRef[T3], /) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[[T0, T1, T2, T3, T4], R]], a0: T0 | ObjectRef[T0], a1: T1 | ObjectRef[T1], a2: T2 | ObjectRef[T2], a3: T3 | ObjectRef[T3], a4: T4 | ObjectRef[T4], /) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[[T0, T1, T2, T3, T4, T5], R]], a0: T0 | ObjectRef[T0], a1: T1 | ObjectRef[T1], a2: T2 | ObjectRef[T2], a3: T3 | ObjectRef[T3], a4: T4 | ObjectRef[T4], a5: T5 | ObjectRef[T5], /) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[[T0, T1, T2, T3, T4, T5, T6], R]], a0: T0 | ObjectRef[T0], a1: T1 | ObjectRef[T1], a2: T2 | ObjectRef[T2], a3: T3 | ObjectRef[T3], a4: T4 | ObjectRef[T4], a5: T5 | ObjectRef[T5], a6: T6 | ObjectRef[T6], /) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[[T0, T1, T2, T3, T4, T5, T6, T7], R]], a0: T0 | ObjectRef[T0], a1: T1 | ObjectRef[T1], a2: T2 | ObjectRef[T2], a3: T3 | ObjectRef[T3], a4: T4 | ObjectRef[T4], a5: T5 | ObjectRef[T5], a6: T6 | ObjectRef[T6], a7: T7 | ObjectRef[T7], /) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[[T0, T1, T2, T3, T4, T5, T6, T7, T8], R]], a0: T0 | ObjectRef[T0], a1: T1 | ObjectRef[T1], a2: T2 | ObjectRef[T2], a3: T3 | ObjectRef[T3], a4: T4 | ObjectRef[T4], a5: T5 | ObjectRef[T5], a6: T6 | ObjectRef[T6], a7: T7 | ObjectRef[T7], a8: T8 | ObjectRef[T8], /) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[Concatenate[T0, Q], R]], a0: ObjectRef[T0], /, *args: Q.args, **kwargs: Q.kwargs) -> ObjectRef[R]: ...
-        @overload
-        def remote(self: Wraps[Callable[Concatenate[T0, T1, Q], R]], a0: T0 | ObjectRef[T0], a1: ObjectRef[T1], /, *args: Q.args, **kwargs: Q.kwargs) -> ObjectRef[R]: ...
-        # fmt: on
-        def remote(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    else:
+    if not TYPE_CHECKING:
 
         def remote(self, *args, **kwargs):
             """Submit one task; returns a reference, a list of them, or None, as `num_returns` says.

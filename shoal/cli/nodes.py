@@ -57,14 +57,16 @@ def start(options: NodeOptions, *, block: bool, as_json: bool) -> int:
 
         options = msgspec.structs.replace(options, lifeline_fd=lifeline[0])
     node = start_node(options)
+    asked: list[int] = []
     if lifeline is not None:
         os.close(lifeline[0])
+        asked = _pass_signals_on(node)  # before anybody can know that the node is up
     if as_json:
         typer.echo(json.dumps(facts(node)))
     else:
         typer.echo(next_steps(node, options, block=block))
     sys.stdout.flush()
-    return _stay(node) if block else 0
+    return _stay(node, asked) if block else 0
 
 
 def facts(node: RunningNode) -> dict[str, object]:
@@ -115,8 +117,8 @@ def _is_loopback(ip: str) -> bool:
     return ip.startswith("127.") or ip in ("::1", "localhost")
 
 
-def _stay(node: RunningNode) -> int:
-    """Wait in the foreground until the node has ended. SIGINT or SIGTERM ends it, a second one kills it."""
+def _pass_signals_on(node: RunningNode) -> list[int]:
+    """From now on SIGINT, SIGTERM or SIGHUP ends the node, a second one kills it; the list notes which arrived."""
     asked: list[int] = []
 
     def end(number: int, _frame: FrameType | None) -> None:
@@ -125,8 +127,13 @@ def _stay(node: RunningNode) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
+    return asked
+
+
+def _stay(node: RunningNode, asked: list[int]) -> int:
+    """Wait in the foreground until the node has ended."""
     code = node.process.wait()
-    if asked:
+    if asked or code == 0:  # `shoal stop` asked it, from another terminal
         typer.echo("Node stopped.")
         return 0
     typer.echo(f"shoal: the node ended by itself (code {code}); see {node.folder.logs}", err=True)

@@ -146,16 +146,18 @@ def picture(status: StatusReply, address: str, now_unix_s: float, *, verbose: bo
     parts: list[RenderableType] = [
         f"[bold]shoal[/bold] {status.version} at {address}{started}",
         "",
-        _nodes_table(alive if verbose else alive[:NODES_SHOWN], verbose),
+        _nodes_table(alive if verbose else alive[:NODES_SHOWN]),
     ]
+    if verbose:
+        parts += [_details(node, now_unix_s) for node in alive]
     if len(alive) > NODES_SHOWN and not verbose:
         parts.append(f"[dim]... and {len(alive) - NODES_SHOWN} more nodes (-v shows all)[/dim]")
     parts += [
         f"[red]dead[/red] {_id(node.node_id)} {node.address}: {_safe(node.death_reason or 'no reason known')}"
         for node in (dead if verbose else dead[-5:])
     ]
-    if len(alive) > 1:
-        parts.append(f"Used in all: {_used(_sum(status, 'total'), _sum(status, 'available'))}")
+    if alive:
+        parts.append(f"Used in all: {_safe(_used(_sum(status, 'total'), _sum(status, 'available')))}")
     parts.append("")
     if status.demands:
         parts.append(_demands_table(status, now_unix_s, verbose))
@@ -179,34 +181,41 @@ def print_part(console: Console, part: RenderableType) -> None:
     console.print(part, soft_wrap=isinstance(part, str))
 
 
-def _nodes_table(nodes: list[NodeInfo], verbose: bool) -> RenderableType:
+def _nodes_table(nodes: list[NodeInfo]) -> RenderableType:
+    """Narrow enough for 80 columns: what is rarely looked at is in `_details`."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("node", "address", "state"):
         table.add_column(name, no_wrap=True)
-    table.add_column("CPU used", justify="right")
-    table.add_column("store used", justify="right")
-    table.add_column("other resources used")
-    if verbose:
-        table.add_column("host")
-        table.add_column("labels")
+    table.add_column("CPU used", justify="right", no_wrap=True)
+    table.add_column("store used", justify="right", no_wrap=True)
+    table.add_column("others used")
     for node in nodes:
         state = state_of(node)
         color = "green" if state == "alive" else "yellow"
-        row = [
+        others = {name: amount for name, amount in node.total.items() if name not in BYTE_RESOURCES | {"CPU"}}
+        table.add_row(
             _id(node.node_id),
             node.address,
             f"[{color}]{state}[/{color}]" + (" (head)" if node.is_head else ""),
             _fraction(node.total, node.available, "CPU"),
-            f"{size_text(node.store_used)} of {size_text(node.store_capacity)}",
-            _used(node.total, node.available, but=("CPU", "object_store_memory"), all_kinds=verbose),
-        ]
-        if verbose:
-            row += [_safe(node.hostname), _safe(", ".join(f"{key}={value}" for key, value in node.labels.items()))]
-        table.add_row(*row)
+            f"{size_text(node.store_used)}/{size_text(node.store_capacity)}",
+            _safe(_used(others, node.available)),
+        )
     return table
+
+
+def _details(node: NodeInfo, now_unix_s: float) -> str:
+    marks = ", ".join(name for name in sorted(node.total) if name.startswith("node:"))
+    facts = [
+        f"host {node.hostname}, agent's pid {node.pid}, up {span_text(now_unix_s - node.started_unix_s)}",
+        f"  used {_used(node.total, node.available)}" + (f"; {marks}" if marks else ""),
+        f"  labels {', '.join(f'{key}={value}' for key, value in sorted(node.labels.items())) or 'none'}",
+        f"  id {node.node_id.hex()}",
+    ]
+    return f"[bold]{_id(node.node_id)}[/bold] " + "\n".join(map(_safe, facts))
 
 
 def _demands_table(status: StatusReply, now_unix_s: float, verbose: bool) -> RenderableType:
@@ -231,13 +240,10 @@ def _demands_table(status: StatusReply, now_unix_s: float, verbose: bool) -> Ren
     return table
 
 
-def _used(
-    total: dict[str, int], available: dict[str, int], but: tuple[str, ...] = (), *, all_kinds: bool = False
-) -> str:
-    """ "1/4 GPU, 2 GiB/8 GiB memory"; the marks that every node has (`node:...`) only with `all_kinds`."""
+def _used(total: dict[str, int], available: dict[str, int]) -> str:
+    """ "1/4 GPU, 2 GiB/8 GiB memory"; without the marks that every node has (`node:...`)."""
     names = sorted(total, key=lambda name: (name != "CPU", name != "GPU", name))
-    shown = [name for name in names if name not in but and (all_kinds or not name.startswith("node:"))]
-    return _safe(", ".join(f"{_fraction(total, available, name)} {name}" for name in shown))
+    return ", ".join(f"{_fraction(total, available, name)} {name}" for name in names if not name.startswith("node:"))
 
 
 def _fraction(total: dict[str, int], available: dict[str, int], name: str) -> str:
@@ -258,7 +264,7 @@ def _sum(status: StatusReply, which: str) -> dict[str, int]:
 
 
 def _id(node_id: bytes) -> str:
-    return node_id.hex()[:12]
+    return node_id.hex()[:8]
 
 
 def _safe(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What users write in options, turned into values. Pure; a mistake is a ValueError of one line that names the option."""
+"""What users write in options, turned into values. Pure; a mistake is a one-line ValueError that names the option."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from typing import Final
 import msgspec
 
 from shoal.control.messages import ActorInfo, ActorSpec
+from shoal.control.processes import Origin
 from shoal.objects.ids import ActorId
 from shoal.scheduling.views import WaitReason
 
@@ -128,6 +129,8 @@ STEPS: Final[Mapping[tuple[ActorState, type[Event]], ActorState]] = {
 
 WAITING: Final = frozenset({PENDING, RESTARTING})
 """States without a place."""
+STARTS: Final = frozenset({STARTING, REVIVING})
+"""States in which the constructor runs."""
 PLACED: Final = frozenset({STARTING, ALIVE, RECYCLING, STOPPING, REVIVING})
 """States in which an agent holds the actor."""
 
@@ -152,16 +155,15 @@ class ActorRecord:
         since: the loop's clock at the last step.
         reason: why it has no worker yet.
         quick_falls: how often in a row it ended right after its start.
-        not_before: the clock before which it is not placed again (crash loop).
     """
 
     __slots__ = (
         "actor_id", "address", "cause", "error", "hostname", "incarnation", "job_id", "kind",
-        "node_id", "not_before", "owner", "pid", "quick_falls", "reason", "restarts", "since", "socket_path", "spec",
+        "node_id", "owner", "pid", "quick_falls", "reason", "restarts", "since", "socket_path", "spec",
         "state", "story", "worker_id",
     )  # fmt: skip
 
-    def __init__(self, spec: ActorSpec, owner: tuple[int, bytes], now: float) -> None:
+    def __init__(self, spec: ActorSpec, owner: Origin, now: float) -> None:
         self.spec = spec
         self.actor_id = ActorId(spec.actor_id)
         self.job_id = spec.job_id
@@ -181,7 +183,6 @@ class ActorRecord:
         self.error = b""
         self.reason: WaitReason | None = None
         self.quick_falls = 0
-        self.not_before = 0.0
         self.story: deque[tuple[float, str, str]] = deque(maxlen=STORY_STEPS)
 
     def can(self, event: type[Event]) -> bool:

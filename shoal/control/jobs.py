@@ -1,7 +1,9 @@
-"""Jobs: one per driver. A job runs while its driver is connected; what it left running (detached actors) may outlive it.
+"""Jobs: one per driver. A job runs while its driver is connected; what it left running (detached actors) may outlive
+it.
 
-Ids are a counter, so that they sort by age and fit into every other id. An ended job is kept as long as one of its actors
-lives, because a restart needs its search path and environment, and after that in a bounded memory for people who ask.
+Ids are a counter, so that they sort by age and fit into every other id. An ended job is kept as long as one of its
+actors lives, because a restart needs its search path and environment, and after that in a bounded memory for people who
+ask.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ class JobTable:
         return self._jobs.get(job_id) or self._ended.find(job_id)
 
     def end(self, record: JobRecord, unix_s: float) -> None:
+        """The driver is gone. The record moves to the memory with `settle`, when no actor of it lives."""
         record.info = msgspec.structs.replace(record.info, ended_unix_s=unix_s)
-        self.settle(record)
 
     def settle(self, record: JobRecord) -> bool:
         """Move an ended job without actors to the memory. Returns whether it moved now."""

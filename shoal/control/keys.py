@@ -13,8 +13,8 @@ from shoal.control.messages import FUNCTIONS
 from shoal.objects.ids import JobId
 
 ENTRY_OVERHEAD_BYTES = 200
-"""What a dictionary entry and two bytes objects cost beside their contents, roughly; counted so that a million tiny keys
-are bounded as well."""
+"""What a dictionary entry and two bytes objects cost beside their contents, roughly; counted so that a million tiny
+keys are bounded as well."""
 
 
 class KeyLimitError(Exception):

@@ -1,8 +1,8 @@
 """All actors: what is asked of them, what happens to them, and what follows from it.
 
 An actor changes only in `_step`, which walks the table in `actors.py` and then does everything that this step implies:
-book or leave a node, join or leave a line, start or stop the process, tell the watchers, and at the end of its life give
-back name, ownership and place in its job. Everything else here decides which event an actor is given.
+book or leave a node, join or leave a line, start or stop the process, tell the watchers, and at the end of its life
+give back name, ownership and place in its job. Everything else here decides which event an actor is given.
 
 Agents' words about an actor are checked against its incarnation and its node; a word about an earlier life is dropped,
 and a process that started for an earlier life is told to end.
@@ -22,6 +22,8 @@ from shoal.control.actors import (
     ALIVE,
     DEAD,
     PLACED,
+    RECYCLING,
+    STARTS,
     STOPPING,
     WAITING,
     ActorRecord,
@@ -70,6 +72,7 @@ from shoal.scheduling.views import DemandReport, WaitReason
 logger = logging.getLogger(__name__)
 
 INFINITY = float("inf")
+UNWANTED_ENDS = frozenset({"crashed", "node_died", "init_failed", "unschedulable"})
 QUICK_FALLS_FREE = 3
 """Starts that may fail at once before the next one waits."""
 FIRST_DELAY_S, MOST_DELAY_S = 0.1, 10.0
@@ -94,6 +97,7 @@ class ActorLives:
         self._names = NameTable()
         self._room = WaitingRoom(nodes, rng)
         self._held_back: list[tuple[float, ActorId]] = []
+        self._roomy: dict[bytes, None] = {}  # nodes to try the lines on at the end of this round
         self._recheck_at = INFINITY
         self._notice_at = INFINITY
 
@@ -197,7 +201,7 @@ class ActorLives:
         # else: it has no process yet, or is being restarted already, which is what was asked for
 
     def _refuse_unknown(self, origin: Origin, request: WatchActor | KillActor, actor_id: ActorId) -> None:
-        text = f"actor {actor_id.hex()} is not known: it never existed here, or it died so long ago that it was forgotten"
+        text = f"actor {actor_id.hex()} is not known: it never existed, or it died so long ago that it was forgotten"
         self._outbox.refuse(origin, request, "not_found", text)
 
     def answer_list(self, origin: Origin, job_id: bytes, request: ListActors) -> None:
@@ -242,9 +246,9 @@ class ActorLives:
         if actor is None:
             return
         if message.kind == "refused" and actor.can(Refused):
+            logger.info("start refused actor=%s node=%s: %s", actor.actor_id.hex(), node.node_id.hex(), message.text)
             self._step(actor, Refused(message.text))
-            line = self._enqueue(actor, refused_by=node, text=message.text)
-            logger.info("refused actor=%s node=%s line=%s text=%s", actor.actor_id.hex(), node.node_id.hex(), line, message.text)  # fmt: skip
+            self._line_up(actor, refused_by=node)
         elif message.kind == "init_failed":
             self._step(actor, Ended("init_failed", message.text, message.error, process_gone=True))
         else:
@@ -254,7 +258,7 @@ class ActorLives:
         actor = self._find_current(node, message.actor_id, message.incarnation)
         if actor is None:
             return
-        if message.intended and actor.state is ALIVE:
+        if message.intended and actor.state not in (RECYCLING, STOPPING):
             self._step(actor, Ended("exited", message.cause, process_gone=True))
         else:
             self._fall(actor, "crashed", message.cause)
@@ -287,17 +291,19 @@ class ActorLives:
                 self._step(actor, Ended("owner_died", cause))
 
     def end_job(self, job: JobRecord, cause: str) -> None:
-        """The driver is gone: all of the job's actors but the detached ones end."""
+        """The driver is gone (and `job` marked as ended): all of the job's actors but the detached ones end."""
         for actor_id in sorted(job.actors):
-            actor = self._actors[actor_id]
-            if not actor.spec.detached:
+            actor = self._actors.get(actor_id)
+            if actor is not None and not actor.spec.detached:
                 self._step(actor, Ended("job_ended", cause))
         self._settle(job)
 
     def node_died(self, node: NodeRecord, reason: str) -> None:
         """Called when the node has left the table."""
         for actor_id in sorted(node.actors):
-            self._fall(self._actors[actor_id], "node_died", f"{node.describe()} died: {reason}")
+            actor = self._actors.get(actor_id)
+            if actor is not None:  # else it ended with its owner, which lived there too
+                self._fall(actor, "node_died", f"{node.describe()} died: {reason}")
         self.recheck_soon()
 
     def node_joined(self, node: NodeRecord) -> None:
@@ -305,12 +311,20 @@ class ActorLives:
         self.recheck_soon()
 
     def room_made(self, node: NodeRecord) -> None:
-        """More may be free on this node than when the lines found no place: try them on it."""
-        if not len(self._room):
-            return
-        for line in self._room.lines():
-            if line.open_to(node) and fits(line.need, node.free):
-                self._place(line, node)
+        """More may be free on this node than when the lines found no place."""
+        if len(self._room):
+            self._roomy[node.node_id] = None
+
+    def place_waiting(self) -> None:
+        """Try the lines on the nodes where room was made. Called at the end of each round, when all that ends has ended:
+        what a dying job leaves must not be given to its own waiting actors."""
+        while self._roomy:
+            node_id, _ = self._roomy.popitem()
+            node = self._nodes.find(node_id)
+            if node is not None:
+                for line in self._room.lines():
+                    if line.open_to(node) and fits(line.need, node.free):
+                        self._place(line, node)
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -342,8 +356,8 @@ class ActorLives:
             self._stop(actor, node, graceful=True)
         elif isinstance(event, Fell):
             self._leave_node(actor, node)
-            logger.info("actor restarts actor=%s restarts=%s cause=%s", actor.actor_id.hex(), actor.restarts, event.cause)
-            quick = was is not ALIVE or lived_s < self._settings.quick_fall_s
+            logger.info("actor falls actor=%s restarts=%s cause=%s", actor.actor_id.hex(), actor.restarts, event.cause)
+            quick = was in STARTS or (was is ALIVE and lived_s < self._settings.quick_fall_s)
             actor.quick_falls = actor.quick_falls + 1 if quick else 0
             self._enqueue(actor)
             return  # told by the line
@@ -378,7 +392,8 @@ class ActorLives:
     def _end(self, actor: ActorRecord) -> None:
         """The actor is DEAD: give back all that it had and remember how it ended."""
         actor_id, spec = actor.actor_id, actor.spec
-        logger.info("actor ended actor=%s class=%s kind=%s cause=%s", actor_id.hex(), spec.class_name, actor.kind, actor.cause)  # fmt: skip
+        level = logging.INFO if actor.kind in UNWANTED_ENDS else logging.DEBUG
+        logger.log(level, "%s ended kind=%s cause=%s", actor.describe(), actor.kind, actor.cause)
         self._push(actor)
         self._room.leave(actor_id)
         del self._actors[actor_id]
@@ -403,37 +418,38 @@ class ActorLives:
 
     # ------------------------------------------------------------------------------------------------- waiting, placing
 
-    def _enqueue(self, actor: ActorRecord, refused_by: NodeRecord | None = None, text: str = "") -> Line | None:
-        """Put an actor without a place into its line, and place it if that is possible now. None: it is held back."""
+    def _enqueue(self, actor: ActorRecord) -> None:
+        """It needs a (new) place: now, or a little later when its starts keep failing."""
+        if actor.quick_falls <= QUICK_FALLS_FREE:
+            self._line_up(actor)
+            return
+        delay_s = min(FIRST_DELAY_S * 2 ** (actor.quick_falls - QUICK_FALLS_FREE - 1), MOST_DELAY_S)
+        why = f"it ended {actor.quick_falls} times in a row right after its start (last: {actor.cause})"
+        actor.reason = WaitReason("actor_restarting", f"{why}; the next start is in {delay_s:g} s")
+        heapq.heappush(self._held_back, (self._outbox.now + delay_s, actor.actor_id))
+        self._push(actor)
+
+    def _line_up(self, actor: ActorRecord, refused_by: NodeRecord | None = None) -> None:
+        """Put an actor into its line, and place it if that is possible now."""
         now = self._outbox.now
-        if actor.quick_falls > QUICK_FALLS_FREE and now >= actor.not_before:
-            delay_s = min(FIRST_DELAY_S * 2 ** (actor.quick_falls - QUICK_FALLS_FREE - 1), MOST_DELAY_S)
-            actor.not_before = now + delay_s
-            why = f"it ended {actor.quick_falls} times in a row right after its start (last: {actor.cause}); the next start is in {delay_s:g} s"  # fmt: skip
-            actor.reason = WaitReason("actor_restarting", why)
-            heapq.heappush(self._held_back, (actor.not_before, actor.actor_id))
-            self._push(actor)
-            return None
         line = self._room.join(actor, now)
         if refused_by is not None:
-            line.refused_by[refused_by.node_id] = refused_by.reports
+            refused_by.refused.add(line.key)
         if line.notice_at == INFINITY:
             line.notice_at = now + self._settings.notice_after_s
             self._notice_at = min(self._notice_at, line.notice_at)
-        before = actor.reason
         if line.first() is actor or line.reason is None:
             self._place(line)
-        if actor.state in WAITING and actor.reason is before:  # else placing has told
-            actor.reason = line.reason
+        if actor.state in WAITING:
             self._push(actor)
-        return line
 
     def _place(self, line: Line, only: NodeRecord | None = None) -> None:
         """Place as many of the line as go somewhere now."""
         while line.actors:
             actor = line.first()
             if self._keys.find(FUNCTIONS, actor.spec.class_id) is None:
-                cause = f"the code of class {actor.spec.class_name} ({actor.spec.class_id.hex()}) is not in the cluster; it must be put before the actor is created"  # fmt: skip
+                which = f"class {actor.spec.class_name} ({actor.spec.class_id.hex()})"
+                cause = f"the code of {which} is not in the cluster; it must be put before the actor is created"
                 self._step(actor, Ended("init_failed", cause))
                 continue
             choice = self._room.choose(line, only)
@@ -476,7 +492,7 @@ class ActorLives:
             _, actor_id = heapq.heappop(self._held_back)
             actor = self._actors.get(actor_id)
             if actor is not None and actor.state in WAITING and self._room.line_of(actor_id) is None:
-                self._enqueue(actor)
+                self._line_up(actor)
         if now >= self._recheck_at:
             self._recheck_at = INFINITY
             for line in self._room.lines():
@@ -489,7 +505,8 @@ class ActorLives:
         now, settings = self._outbox.now, self._settings
         self._notice_at = INFINITY
         for line in self._room.lines():
-            if now >= line.notice_at and line.reason is not None:
+            if now >= line.notice_at:
+                assert line.reason is not None, "a line was looked at when it began"
                 self._notice(line, line.reason, now - line.oldest_since())
                 line.notices += 1
                 again_s = min(settings.notice_again_s * 2 ** (line.notices - 1), settings.notice_most_s)
@@ -509,6 +526,7 @@ class ActorLives:
     # ---------------------------------------------------------------------------------------------------- invariants
 
     def check_invariants(self) -> None:
+        assert not self._roomy
         self._room.check_invariants()
         self._processes.check_invariants()
         held = {actor_id for _, actor_id in self._held_back}
@@ -516,7 +534,8 @@ class ActorLives:
             assert actor.state is not DEAD
             assert actor_id not in self._dead
             waits = self._room.line_of(actor_id) is not None
-            assert (actor.state in WAITING) == (waits or actor_id in held and actor.state in WAITING)
+            assert (actor.state in WAITING) == (waits or (actor_id in held and actor.state in WAITING))
+            assert not waits or actor.reason is not None
             assert (actor.state in PLACED) == bool(actor.node_id)
             assert not (waits and actor.node_id)
             if actor.node_id:
@@ -528,7 +547,7 @@ class ActorLives:
             job = self._jobs.find(JobId(actor.spec.job_id))
             assert job is not None
             assert actor_id in job.actors
-        for _, actor_id in self._names.items():
+        for actor_id in self._names.actors():
             assert self._actors[actor_id].state is not STOPPING
         for node in self._nodes:
             assert all(self._actors[actor_id].node_id == node.node_id for actor_id in node.actors)

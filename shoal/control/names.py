@@ -30,8 +30,8 @@ class NameTable:
         """Where else a name exists: for the message to somebody who looked in the wrong place."""
         return sorted(space for space, bound in self._actors if bound == name)
 
-    def items(self) -> list[tuple[tuple[str, str], ActorId]]:
-        return list(self._actors.items())
+    def actors(self) -> list[ActorId]:
+        return list(self._actors.values())
 
     def __len__(self) -> int:
         return len(self._actors)

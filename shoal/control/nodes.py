@@ -11,7 +11,7 @@ A dead node stays dead: its id cannot come back, since everything it ran has bee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import msgspec
 
@@ -31,11 +31,11 @@ class NodeRecord:
         bookings: actor -> what it holds, since the last report.
         light: actors here that hold no resources: what spreads those.
         actors: all that are placed here and not dead.
-        reports: how many came; a refusal is valid until the next one.
+        refused: lines of actors (placement.LineKey) of which it refused one since its last report.
     """
 
     __slots__ = (
-        "actors", "bookings", "demands", "free", "heard_at", "index", "info", "light", "peer", "reports", "workers",
+        "actors", "bookings", "demands", "free", "heard_at", "index", "info", "light", "peer", "refused", "workers",
     )  # fmt: skip
 
     def __init__(self, info: NodeInfo, peer: int, index: int, now: float) -> None:
@@ -47,7 +47,7 @@ class NodeRecord:
         self.bookings: dict[ActorId, Amounts] = {}
         self.light = 0
         self.actors: set[ActorId] = set()
-        self.reports = 0
+        self.refused: set[Hashable] = set()
         self.demands: list[DemandReport] = []
         self.workers = 0
 
@@ -125,7 +125,7 @@ class NodeTable:
         changed = report.available != node.info.available
         if changed or report.store_used != node.info.store_used:
             node.info = msgspec.structs.replace(node.info, available=report.available, store_used=report.store_used)
-        node.reports += 1
+        node.refused.clear()
         node.demands = report.demands
         node.workers = report.workers
         if changed or node.bookings:

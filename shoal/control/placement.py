@@ -1,11 +1,11 @@
 """Which actors wait for a place, and where the next one goes.
 
-Actors that are equal to a scheduler (same job, class, needs and strategy) wait in one line, first come first served. The
-answer for the first of a line is the answer for all of it, so work grows with the number of lines and not of actors, and
-a line has one reason, one row in `status` and one notice to its driver.
+Actors that are equal to a scheduler (same job, class, needs and strategy) wait in one line, first come first served.
+The answer for the first of a line is the answer for all of it, so work grows with the number of lines and not of
+actors, and a line has one reason, one row in `status` and one notice to its driver.
 
 Choosing looks at a few nodes drawn at random and at all of them only when none of those will do: among thousands of
-nodes the best of sixteen is about as good as the best, at a hundredth of the cost. A line that found no place anywhere
+nodes the best of ten is about as good as the best, at a hundredth of the cost. A line that found no place anywhere
 is tried again on the node that changed, and on that one only.
 
 An actor that holds nothing (the default: one CPU to be placed, none held) does not change what is free, so that the
@@ -22,12 +22,12 @@ from shoal.control.actors import ActorRecord
 from shoal.control.messages import ActorSpec
 from shoal.control.nodes import NodeRecord, NodeTable
 from shoal.objects.ids import ActorId
-from shoal.scheduling.policy import Busy, Choice, Infeasible, Node, can_ever_run, choose_node
+from shoal.scheduling.policy import Busy, Choice, Infeasible, Node, choose_node, matches_labels
 from shoal.scheduling.resources import fits
 from shoal.scheduling.views import Amounts, DemandReport, NodeView, WaitReason
 
-DRAWN = 16
-"""Nodes looked at first; a cluster of twice as many is looked at as a whole."""
+DRAWN = 10
+"""Nodes looked at first; a cluster of up to three times as many is looked at as a whole."""
 
 LineKey = tuple[bytes, str, tuple[tuple[str, int], ...], bool, tuple[object, ...]]
 
@@ -44,7 +44,7 @@ def needs_of(spec: ActorSpec) -> Amounts:
 class Line:
     """Actors that wait for the same thing. `since`: of each, the clock when it began to wait."""
 
-    __slots__ = ("actors", "key", "light", "need", "notice_at", "notices", "reason", "refused_by", "spec")
+    __slots__ = ("actors", "key", "light", "need", "notice_at", "notices", "reason", "spec")
 
     def __init__(self, key: LineKey, spec: ActorSpec, need: Amounts, light: bool) -> None:
         self.key = key
@@ -53,7 +53,6 @@ class Line:
         self.light = light
         self.actors: dict[ActorId, tuple[ActorRecord, float]] = {}
         self.reason: WaitReason | None = None
-        self.refused_by: dict[bytes, int] = {}
         self.notice_at = float("inf")
         self.notices = 0
 
@@ -64,8 +63,12 @@ class Line:
         return next(iter(self.actors.values()))[1]
 
     def open_to(self, node: NodeRecord) -> bool:
-        """Whether the node has said nothing else since it refused one of this line."""
-        return self.refused_by.get(node.node_id) != node.reports
+        """Whether the node has not refused one of this line since its last report.
+
+        The node keeps that, not the line: a line ends when its only actor is placed, and two full nodes would then be
+        asked in turn for ever.
+        """
+        return self.key not in node.refused
 
 
 class WaitingRoom:
@@ -129,7 +132,7 @@ class WaitingRoom:
                 return Busy(_just_refused(only))
             return self._choose_among(line, [self._nodes.views[only.index]])
         creator = self._nodes.find(line.first().spec.owner_node)
-        if len(self._nodes) > 2 * DRAWN and not named:
+        if len(self._nodes) > 3 * DRAWN and not named:
             choice = self._choose_among(line, self._draw(line, creator))
             if isinstance(choice, Node) and not self._wastes_gpu(line, choice):
                 return choice
@@ -140,7 +143,8 @@ class WaitingRoom:
         picked = {int(self._rng.random() * len(views)) for _ in range(DRAWN)}
         if creator is not None and line.light:
             picked.add(creator.index)
-        return [views[index] for index in sorted(picked) if line.open_to(self._nodes.order[index])]
+        order = self._nodes.order
+        return [views[index] for index in sorted(picked) if not order[index].refused or line.open_to(order[index])]
 
     def _wastes_gpu(self, line: Line, choice: Node) -> bool:
         node = self._nodes.find(choice.node_id)
@@ -148,25 +152,22 @@ class WaitingRoom:
 
     def _choose_among_all(self, line: Line) -> Choice:
         views: Sequence[NodeView] = self._nodes.views
-        if line.refused_by:
-            refusing = {node.node_id for node in self._nodes.order if not line.open_to(node)}
-            for node_id in line.refused_by.keys() - refusing:
-                del line.refused_by[node_id]
-            if refusing:
-                choice = self._choose_among(line, [view for view in views if view.node_id not in refusing])
-                if isinstance(choice, Node | Busy):
-                    return choice
-                choice = self._choose_among(line, views)
-                if isinstance(choice, Node):  # the only one with room has just refused
-                    node = self._nodes.find(choice.node_id)
-                    assert node is not None
-                    return Busy(_just_refused(node))
-                return choice
-        return self._choose_among(line, views)
+        open_views = [view for node, view in zip(self._nodes.order, views, strict=True) if line.open_to(node)]
+        if len(open_views) == len(views):
+            return self._choose_among(line, views)
+        choice = self._choose_among(line, open_views)
+        if isinstance(choice, Node):
+            return choice
+        choice = self._choose_among(line, views)
+        if isinstance(choice, Node):  # the only one with room has just refused
+            node = self._nodes.find(choice.node_id)
+            assert node is not None
+            return Busy(_just_refused(node))
+        return choice
 
     def _choose_among(self, line: Line, views: Sequence[NodeView]) -> Choice:
         strategy = line.spec.strategy
-        if line.light and strategy.kind == "default":
+        if line.light and strategy.kind != "node":
             place = self._choose_light(line, views)
             if place is not None:
                 return place
@@ -178,12 +179,14 @@ class WaitingRoom:
         best: NodeRecord | None = None
         best_share = (True, 0.0, 0.0)
         for view in views:
-            if not fits(need, view.available) or not can_ever_run(need, strategy, view):
+            if view.draining or not fits(need, view.available):
+                continue
+            if strategy.labels and not matches_labels(strategy.labels, view.labels):
                 continue
             node = self._nodes.find(view.node_id)
             assert node is not None
             share = node.light_share()
-            if view.node_id == creator_id and share < 1.0:
+            if view.node_id == creator_id and share < 1.0 and strategy.kind == "default":
                 return Node(view.node_id)
             # A GPU is for those who need one; ties fall by lot.
             rank = ("GPU" not in need and bool(view.total.get("GPU")), share, self._rng.random())

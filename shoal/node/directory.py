@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from shoal.node.messages import ERROR, LOST, PENDING, STORED, ObjectState
-from shoal.objects.ids import actor_of_object, process_of
+from shoal.objects.ids import ObjectId, actor_of_object, process_of
 
 MAX_DROPPED: Final = 100_000
 """Each waits for at most one late message, so the oldest of very many have long been answered."""
@@ -233,7 +233,7 @@ class Directory:
     def _make_unowned(self, object_id: bytes) -> Entry:
         """An entry that somebody refers to before its owner spoke; if that owner is gone already it never will."""
         entry = self._entries[object_id] = Entry()
-        if actor_of_object(object_id) is None and not self._alive(process_of(object_id)):
+        if actor_of_object(ObjectId(object_id)) is None and not self._alive(process_of(object_id)):
             entry.owned = True
             entry.state = LOST
             entry.payload = b"owner:the process that would have produced it ended"
@@ -267,7 +267,7 @@ class Directory:
             self._effects.delete_copy(node_id, object_id)
         for inner, home in entry.contained:
             self.unuse(inner, home, object_id)
-        actor_id = actor_of_object(object_id)
+        actor_id = actor_of_object(ObjectId(object_id))
         if actor_id is not None:
             self._effects.actor_unreferenced(actor_id)
 

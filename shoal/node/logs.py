@@ -6,8 +6,8 @@ harming others:
 - The loop reads at most `read_bytes` of a stream and `read_total_bytes` of all in one tick; beyond that pipes fill
   and `print` waits.
 - Files are written by one thread, a batch per tick. When it is behind by `backlog_bytes`, reading stops meanwhile.
-- Drivers get at most `publish_bytes` of a stream and `publish_total_bytes` of all in one tick. The oldest lines give
-  way, and a line says how many did; the file has them all.
+- Drivers get at most `publish_bytes` in one tick, a share of every stream in turn. What does not fit waits, up to
+  `waiting_bytes` for a stream; beyond that the oldest lines give way, and a line says how many. The file has them all.
 Rejected: workers that write files themselves, and a process that follows those (a second copy of everything, polling,
 lines torn by two writers); lines sent over the worker's connection (lost in a crash, when they matter most).
 
@@ -48,16 +48,20 @@ class LogSettings:
         tick_s: least time between two batches, to the files and to drivers.
         partial_s: how long the beginning of a line waits for its end before it is shown as it is.
         max_line_bytes: a longer line is shown in pieces.
+        publish_bytes, share_bytes: what drivers get in one tick, of all streams and of one of them.
+        waiting_bytes, waiting_total_bytes: what may wait for that, of one stream and of all of them.
         file_bytes, files_kept: per stream, one file and this many older ones.
     """
 
     tick_s: float = 0.05
     partial_s: float = 1.0
     max_line_bytes: int = 64 << 10
-    read_bytes: int = 1 << 20
-    read_total_bytes: int = 2 << 20
-    publish_bytes: int = 128 << 10
-    publish_total_bytes: int = 512 << 10
+    read_bytes: int = 512 << 10
+    read_total_bytes: int = 1 << 20
+    publish_bytes: int = 256 << 10
+    share_bytes: int = 64 << 10
+    waiting_bytes: int = 1 << 20
+    waiting_total_bytes: int = 32 << 20
     backlog_bytes: int = 16 << 20
     file_bytes: int = 64 << 20
     files_kept: int = 2
@@ -123,10 +127,10 @@ class LineBuffer:
     that a progress bar is shown as its newest state instead of its whole history.
     """
 
-    __slots__ = ("_begun_at", "_cut", "_dropped", "_limit", "_lines", "_max_line", "_name", "begun", "size")
+    __slots__ = ("_begun_at", "_cut", "_dropped", "_lines", "_max_line", "_name", "begun", "limit", "size")
 
     def __init__(self, limit: int, max_line: int) -> None:
-        self._limit, self._max_line = limit, max_line
+        self.limit, self._max_line = limit, max_line
         self._lines: deque[tuple[str, bytes]] = deque()
         self._dropped = 0
         self._name = ""
@@ -171,7 +175,7 @@ class LineBuffer:
         tail.append(line)
         self._lines.append((self._name, line))
         self.size += len(line) + 1
-        while self.size > self._limit and len(self._lines) > 1:
+        while self.size > self.limit and len(self._lines) > 1:
             self.size -= len(self._lines.popleft()[1]) + 1
             self._dropped += 1
 
@@ -180,17 +184,21 @@ class LineBuffer:
         self._lines.clear()
         self.size = self._dropped = 0
 
-    def take(self) -> list[tuple[str, list[str]]]:
-        """All lines by name, in order, with a line in front that says how many were dropped, if any."""
+    def take(self, most: int | None = None) -> list[tuple[str, list[str]]]:
+        """The oldest lines by name, in order, of about `most` bytes (None: all). If lines were dropped since the last
+        time, one line in front says how many."""
         groups: list[tuple[str, list[str]]] = []
         if self._dropped:
             note = f"[{self._dropped} lines dropped: printed faster than they can be shown; the log file has them]"
             groups.append((self._lines[0][0], [note]))
-        for name, line in self._lines:
+            self._dropped = 0
+        enough = 0 if most is None else max(0, self.size - most)
+        while self._lines and self.size > enough:
+            name, line = self._lines.popleft()
+            self.size -= len(line) + 1
             if not groups or groups[-1][0] != name:
                 groups.append((name, []))
             groups[-1][1].append(line.decode("utf-8", "replace"))
-        self.discard()
         return groups
 
 
@@ -268,7 +276,7 @@ class _Stream:
     def __init__(self, fd: int, which: str, file: RotatingFile, settings: LogSettings) -> None:
         self.fd, self.which, self.file = fd, which, file
         self.cutter = MarkCutter()
-        self.lines = LineBuffer(settings.publish_bytes, settings.max_line_bytes)
+        self.lines = LineBuffer(settings.waiting_bytes, settings.max_line_bytes)
         self.unwritten: list[bytes] = []
         self.read_now = 0  # bytes since the last tick
         self.reading = False
@@ -474,8 +482,11 @@ class WorkerLogs:
         self._timer = None
         self._ticked_at = now
         self._read_now = 0
-        room = settings.publish_total_bytes
+        room = settings.publish_bytes
         active, self._active = self._active, {}
+        limit = min(
+            settings.waiting_bytes, max(settings.waiting_total_bytes // (len(active) or 1), settings.share_bytes)
+        )
         later: dict[_Stream, _Worker] = {}
         for stream, worker in active.items():
             stream.read_now = 0
@@ -486,11 +497,17 @@ class WorkerLogs:
                 later[stream] = worker
                 self._wake(due_at)
             self._write(stream)
+            stream.lines.limit = limit
             if room > 0:
-                room -= stream.lines.size
-                self._collect(worker, stream)
-            elif stream.lines.size:
-                self._activate(worker, stream)  # first in turn at the next tick
+                share = min(stream.lines.size, settings.share_bytes)
+                room -= share
+                self._collect(worker, stream, share)
+                turn = later
+            else:
+                turn = self._active  # not served now: first at the next tick
+            if stream.lines.size:
+                turn[stream] = worker
+                self._wake(now + settings.tick_s)
             if self._backlog < settings.backlog_bytes:
                 self._resume(worker, stream)
             else:
@@ -499,11 +516,11 @@ class WorkerLogs:
             self._active.setdefault(stream, worker)
         self._flush()
 
-    def _collect(self, worker: _Worker, stream: _Stream) -> None:
-        """Move the stream's lines into what is published next."""
+    def _collect(self, worker: _Worker, stream: _Stream, most: int | None = None) -> None:
+        """Move the stream's lines, or the oldest `most` bytes of them, into what is published next."""
         if not stream.lines.size:
             return
-        for name, lines in stream.lines.take():
+        for name, lines in stream.lines.take(most):
             self._entries.append(
                 LogLines(worker.job_id, worker.worker_id, self._node_ip, worker.pid, name, stream.which, lines)
             )

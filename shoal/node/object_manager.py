@@ -160,7 +160,12 @@ class ObjectManager(Effects):
         if home == self._node:
             future: asyncio.Future[ObjectState] = self._loop.create_future()
             key = object()
-            self.directory.watch(object_id, key, lambda state: future.done() or future.set_result(state))
+
+            def ready(state: ObjectState) -> None:
+                if not future.done():
+                    future.set_result(state)
+
+            self.directory.watch(object_id, key, ready)
             try:
                 return await future
             finally:

@@ -64,6 +64,7 @@ class Supervisor:
         self._options = options
         self._children: dict[int, str] = {}
         self._stopping = ""
+        self.failed = False  # a child ended that should not have
         base = session.base_folder(options.temp_dir)
         session.sweep(base)
         self._base = base
@@ -110,7 +111,7 @@ class Supervisor:
         zygote_end.close()
         if options.head:
             settings = ControlSettings(node_timeout_s=options.node_timeout_s)
-            self._fork_and_wait("control", lambda ready: run_control(token_bytes, control_socket, settings, ready))
+            self._fork_and_wait("control", lambda ready: run_control(token_bytes, control_socket, settings, lambda: ready("")))
         node_id = new_node_id()
         agent_settings = AgentSettings(
             node_id=node_id,
@@ -234,6 +235,7 @@ class Supervisor:
                 elif not os.read(lifeline or 0, 4096):
                     self._stopping = "the program that started the node ended"
             for name, why in self._reap():
+                self.failed = self.failed or why != "exit code 0"
                 level = logging.INFO if why == "exit code 0" else logging.ERROR
                 logger.log(level, "%s ended: %s; the node ends too", name, why)
                 self._stopping = self._stopping or f"{name} ended ({why})"
@@ -307,7 +309,7 @@ def main() -> int:
     os.close(report)
     supervisor.watch()
     supervisor.stop()
-    return 0
+    return int(supervisor.failed)
 
 
 if __name__ == "__main__":

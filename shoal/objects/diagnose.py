@@ -85,6 +85,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     kind = type(value)
     if kind is dict:
         yield from _items(value)
+    elif isinstance(value, tuple) and hasattr(kind, "_fields"):
+        yield from ((f".{name}", item) for name, item in zip(kind._fields, value, strict=False))
     elif kind in (list, tuple):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
     elif kind in (set, frozenset):
@@ -180,7 +182,7 @@ def _parts_of_state(state: Any) -> Iterator[tuple[str, Any]]:
 
 def _holder_name(holder: object, suffix: str) -> str:
     """The type to name beside the path: of objects with attributes, whose type the path does not show."""
-    if isinstance(holder, dict | list | tuple | set | frozenset | FunctionType) or not suffix.startswith("."):
+    if type(holder) in (dict, set, frozenset, FunctionType) or not suffix.startswith("."):
         return ""
     return holder.__qualname__ if isinstance(holder, type) else type(holder).__qualname__
 

@@ -6,7 +6,7 @@ to read, and code typed at a prompt must travel too. The choice: three ways in, 
   1. Exact atoms, and small exact tuples, lists and dicts of atoms, hold no references and no code, so the plain C
      pickler takes them. A large `bytes` or `bytearray` is not pickled at all: a few fixed bytes of pickle rebuild it
      from a buffer.
-  2. A numpy array without objects inside goes through the plain C pickler, its data out of band.
+  2. An ordinary numpy array goes through the plain C pickler, its data out of band.
   3. Everything else goes through a cloudpickle pickler whose `reducer_override` has been made cheap for what is common
      (instances of importable classes). cloudpickle is imported when it is first needed.
 
@@ -280,6 +280,8 @@ def _define_pickler() -> Callable[[Any, Callable[[pickle.PickleBuffer], bool]], 
                     if module is not None and getattr(module, value.__qualname__, None) is value:
                         return NotImplemented  # importable by name, as the plain pickler will find as well
                 return base_reducer_override(self, value)
+            if cls.__module__ == "numpy" and cls.__name__ == "ndarray":
+                return _reduce_array(value)
             return NotImplemented
 
     def make(file: Any, buffer_callback: Callable[[pickle.PickleBuffer], bool]) -> _ValuePickler:
@@ -387,16 +389,28 @@ def _stand_in(item: Any) -> Any:
 
 
 def _serialize_array(value: Any) -> Serialized | None:
-    """The plain pickler's result for an exact ndarray that holds neither objects nor metadata; None for all else."""
+    """The plain pickler's result for an exact ndarray that it puts out of band; None for all else."""
     numpy = sys.modules.get("numpy")
     if numpy is None or type(value) is not numpy.ndarray or type(value) in _replaced:
         return None
     dtype = value.dtype
-    if dtype.hasobject or dtype.metadata is not None or dtype.names is not None:
+    if dtype.kind not in "biufcSU" or dtype.metadata is not None or not value.flags.forc:
         return None
     buffers: list[pickle.PickleBuffer] = []
     pickled = pickle.dumps(value, _PROTOCOL, buffer_callback=buffers.append)
     return Serialized(pickled, [buffer.raw() for buffer in buffers])
+
+
+def _reduce_array(array: Any) -> Any:
+    """Help numpy where it would copy the data into the pickle, from which it comes out writable and unaligned."""
+    dtype = array.dtype
+    if dtype.hasobject:
+        return NotImplemented
+    if dtype.kind in "mM":  # the buffer protocol has no dates: travel as integers
+        return type(array).view, (array.view("i8"), dtype)
+    if not array.flags.forc:
+        return array.copy().__reduce_ex__(_PROTOCOL)
+    return NotImplemented
 
 
 def deserialize(flat: bytes | memoryview) -> Any:
@@ -413,13 +427,15 @@ def deserialize(flat: bytes | memoryview) -> Any:
     """
     if not flat:
         raise ValueError("no bytes to deserialize")
+    if type(flat) is not bytes:
+        flat = memoryview(flat)
+        if flat.format != "B" or flat.ndim != 1:
+            flat = flat.cast("B")
     if flat[0] == _MAGIC_PLAIN:
         return pickle.loads(flat)  # noqa: S301 # only authenticated peers get this far
     if flat[0] != _MAGIC_BUFFERS:
         raise ValueError(f"not a serialized value: it begins with byte {flat[0]:#04x}")
     view = memoryview(flat).toreadonly()
-    if view.format != "B" or view.ndim != 1:
-        view = view.cast("B")
     size = len(view)
     if size < _HEADER.size:
         raise ValueError(f"a serialized value was cut off after {size} bytes")

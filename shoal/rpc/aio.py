@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -61,7 +62,7 @@ class Connection(asyncio.Protocol):
         self.peer_name = peer_name
         self.on_message: Callable[[Any], None] = self._unexpected
         self.on_close: Callable[[Exception | None], None] = lambda _: None
-        self._decoder = messages if isinstance(messages, msgspec.msgpack.Decoder) else make_decoder(messages)
+        self._decoder = make_decoder(messages)
         self._reader = FrameReader()
         self._outbox: list[bytes] = []
         self._loop = asyncio.get_running_loop()
@@ -341,15 +342,18 @@ async def open_plain(address: str, token: bytes, *, target: str, name: str, time
                 await loop.sock_connect(sock, infos[0][4])
             tune(sock)
             return sock, await shake_hands(sock, token, target, name)
-    except (OSError, TimeoutError, FrameError, msgspec.DecodeError, msgspec.ValidationError) as exc:
-        if sock is not None:
-            sock.close()
-        what = "nothing answered in time" if isinstance(exc, TimeoutError) else (getattr(exc, "strerror", None) or str(exc))
-        raise ClusterConnectionError(f"cannot reach a shoal node at {address.removeprefix('unix:')}: {what}") from exc
     except (AuthenticationError, ShoalError, asyncio.CancelledError):
         if sock is not None:
             sock.close()
         raise
+    except (OSError, TimeoutError, FrameError, msgspec.DecodeError, msgspec.ValidationError) as exc:
+        if sock is not None:
+            sock.close()
+        if isinstance(exc, TimeoutError):
+            what = "nothing answered in time"
+        else:
+            what = os.strerror(exc.errno) if isinstance(exc, OSError) and exc.errno else str(exc)
+        raise ClusterConnectionError(f"cannot reach a shoal node at {address.removeprefix('unix:')}: {what}") from exc
 
 
 async def connect(

@@ -39,7 +39,9 @@ def join_frame(messages: Sequence[bytes]) -> bytes:
 
 
 def make_decoder(messages: Any) -> msgspec.msgpack.Decoder[list[Any]]:
-    """A decoder of frame bodies that holds any of `messages` (a union of message types)."""
+    """A decoder of frame bodies that holds any of `messages` (a union of message types, or such a decoder)."""
+    if isinstance(messages, msgspec.msgpack.Decoder):
+        return messages
     return msgspec.msgpack.Decoder(list[messages])
 
 

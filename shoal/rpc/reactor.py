@@ -62,7 +62,7 @@ class Reactor:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake_fd, IN)
         self._io: dict[int, Callable[[int], None]] = {}
-        self._calls: collections.deque[tuple[Callable[..., None], tuple[Any, ...]]] = collections.deque()
+        self._calls: collections.deque[tuple[Callable[..., object], tuple[Any, ...]]] = collections.deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._awake = False
@@ -73,7 +73,7 @@ class Reactor:
     def start(self) -> None:
         self.thread.start()
 
-    def call_soon(self, call: Callable[..., None], *args: Any) -> None:
+    def call_soon(self, call: Callable[..., object], *args: Any) -> None:
         """Run `call(*args)` on the reactor's thread, in the order of the appends. From any thread, and from `__del__`."""
         self._calls.append((call, args))
         if not self._awake:
@@ -146,7 +146,7 @@ class Reactor:
             if timer.call is not None:
                 self._guard(timer.call)
 
-    def _guard(self, call: Callable[..., None], *args: Any) -> None:
+    def _guard(self, call: Callable[..., object], *args: Any) -> None:
         try:
             call(*args)
         except Exception:

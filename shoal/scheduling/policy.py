@@ -158,7 +158,7 @@ def why_busy(demand: Amounts, feasible: Sequence[NodeView]) -> WaitReason:
     for node in feasible:
         for name in missing(demand, node.available):
             lacking[name] += 1
-    where = "the node that could run it" if len(feasible) == 1 else f"the {len(feasible)} nodes that could run it"
+    where = "the only node that could run it" if len(feasible) == 1 else f"the {len(feasible)} nodes that could run it"
     if not lacking or not max(lacking.values()):
         return WaitReason("busy", f"{where} cannot take more work now")
     name = max(lacking, key=lambda name: (lacking[name], name == "CPU"))

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
-from typing import Final
+from typing import Final, SupportsFloat
 
 from shoal.scheduling.views import UNIT, Amounts
 
@@ -39,16 +38,16 @@ def to_amounts(resources: Mapping[str, float]) -> Amounts:
     """
     amounts: Amounts = {}
     for name, value in resources.items():
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"the name of a resource is a non-empty string, not {name!r}")
         amount = _to_steps(name, value)
         if amount:
             amounts[name] = amount
     return amounts
 
 
-def _to_steps(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Real):
+def _to_steps(name: object, value: object) -> int:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the name of a resource is a non-empty string, not {name!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float | SupportsFloat):
         raise ValueError(f"the amount of {name} is a number, not {value!r} of type {type(value).__name__}")
     if not isinstance(value, int):
         value = float(value)

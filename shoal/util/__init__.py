@@ -1,0 +1,44 @@
+"""Helpers built on the public API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoal.api.initialize import connected
+from shoal.runtime import slot
+
+
+def list_named_actors(all_namespaces: bool = False) -> list[Any]:
+    """Actors that have a name and are not dead.
+
+    Returns:
+        names in this job's namespace, or {"name": ..., "namespace": ...} for each with `all_namespaces`; sorted.
+    Raises:
+        ShoalSystemError: not connected.
+    """
+    runtime = connected("list_named_actors()")
+    namespace = "" if all_namespaces else runtime.context().namespace
+    found = sorted((info.namespace, info.name) for info in runtime.list_actors(named_only=True, namespace=namespace))
+    if all_namespaces:
+        return [{"name": name, "namespace": space} for space, name in found]
+    return [name for _, name in found]
+
+
+def get_node_ip_address() -> str:
+    """The address by which other nodes reach this one; without a connection, the one this machine uses to go out."""
+    if slot.current is not None:
+        return slot.current.context().node_ip
+    import socket
+
+    # Connecting a datagram socket sends nothing; it only asks the kernel which address it would use.
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((target, 9))
+            except OSError:  # no route for this family
+                continue
+            return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+__all__ = ["get_node_ip_address", "list_named_actors"]

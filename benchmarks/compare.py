@@ -1,8 +1,8 @@
 """`make bench`: the same workloads on shoal and its peers, in one run, side by side.
 
-Peers take turns in every round, so that what a shared machine does meanwhile hits all of them; a cell is the median of the
-rounds. A peer that fails, hangs or is not there costs its own cell and nothing else: its process is ended, the cell says why, and
-the rest goes on.
+Peers take turns in every round, so that what a shared machine does meanwhile hits all of them; a cell is the median of
+the rounds. A peer that fails, hangs or is not there costs its own cell and nothing else: its process is ended, the
+cell says why, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Console
+from rich.status import Status
+
 import processes
 import report
 from peers import HERE, PEERS, worker_environment
-from rich.console import Console
-from rich.status import Status
 from worker import MARK
 from workloads import BY_NAME, TITLES, WORKLOADS, YARDSTICKS
 
@@ -97,7 +98,7 @@ class Session:
                 if event["event"] == "start":
                     current = name
                     self._status.update(f"{TITLES.get(peer, peer)}: {name}")
-                    deadline = time.monotonic() + BY_NAME[name].limit_s * (0.5 if self._quick else 1.0)
+                    deadline = time.monotonic() + BY_NAME[name].limit_s
                     continue
                 if event["event"] == "value":
                     self.results.values[peer, name].append(event["value"])
@@ -106,7 +107,7 @@ class Session:
                 left.remove(name)
                 current, deadline = "", time.monotonic() + START_LIMIT_S
             if time.monotonic() > deadline:
-                limit = BY_NAME[current].limit_s * (0.5 if self._quick else 1.0) if current else START_LIMIT_S
+                limit = BY_NAME[current].limit_s if current else START_LIMIT_S
                 self._fail(peer, current, left, f"no result within {limit:.0f} s")
                 return left
         if ended:
@@ -134,7 +135,8 @@ class Session:
 
 
 def _lines(process: subprocess.Popen[bytes]) -> Iterator[str | None]:
-    """Lines of the process's output, None about every second without one, until the process is gone or closes its output."""
+    """Lines of the process's output, None about every second without one, until the process is gone or closes its
+    output."""
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
     buffer = b""
@@ -175,9 +177,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="one short round: rough numbers in a few minutes")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default 3)")
-    parser.add_argument("--only", action="append", metavar="NAME", help="workloads with this in their name; may repeat; * and ? work")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="workloads with this in their name; may repeat; * and ? work"
+    )
     parser.add_argument("--peers", default=",".join(TITLES), metavar="A,B", help=f"(default {','.join(TITLES)})")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (default docs/benchmarks.md, after complete runs only)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write (default docs/benchmarks.md, after complete runs only)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every single value there")
     parser.add_argument("--verbose", action="store_true", help="show what the workers print on stderr")
     arguments = parser.parse_args()

@@ -1,0 +1,70 @@
+"""What the cluster has: `nodes`, `cluster_resources`, `available_resources`. These do not connect on their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoal.api.initialize import connected
+from shoal.control.messages import NodeInfo
+from shoal.scheduling.resources import to_floats
+from shoal.scheduling.views import Amounts
+
+
+def nodes() -> list[dict[str, Any]]:
+    """One row for each node, dead ones that are still remembered included.
+
+    Raises:
+        ShoalSystemError: not connected.
+    """
+    return [_row(node) for node in connected("nodes()").status().nodes]
+
+
+def cluster_resources() -> dict[str, float]:
+    """What all living nodes have, added up.
+
+    Raises:
+        ShoalSystemError: not connected.
+    """
+    living = [node.total for node in connected("cluster_resources()").status().nodes if node.alive]
+    return to_floats(_sum(living))
+
+
+def available_resources() -> dict[str, float]:
+    """What is free on all living nodes, added up; what is used up is left out.
+
+    Raises:
+        ShoalSystemError: not connected.
+    """
+    living = [node.available for node in connected("available_resources()").status().nodes if node.alive]
+    return to_floats({name: amount for name, amount in _sum(living).items() if amount > 0})
+
+
+def _sum(parts: list[Amounts]) -> Amounts:
+    total: Amounts = {}
+    for part in parts:
+        for name, amount in part.items():
+            total[name] = total.get(name, 0) + amount
+    return total
+
+
+def _row(node: NodeInfo) -> dict[str, Any]:
+    host, _, port = node.address.rpartition(":")
+    return {
+        "NodeID": node.node_id.hex(),
+        "Alive": node.alive,
+        "NodeManagerAddress": host.strip("[]"),
+        "NodeManagerHostname": node.hostname,
+        "NodeManagerPort": int(port) if port.isdigit() else 0,
+        "ObjectManagerPort": int(port) if port.isdigit() else 0,  # one port for everything
+        "ObjectStoreSocketName": "",
+        "RayletSocketName": "",
+        "MetricsExportPort": 0,
+        "NodeName": node.hostname,
+        "RuntimeEnvAgentPort": 0,
+        "DeathReason": 0 if node.alive else 1,
+        "DeathReasonMessage": node.death_reason,
+        "alive": node.alive,
+        "Resources": to_floats(node.total) if node.alive else {},
+        "Labels": dict(node.labels),
+        "IsHead": node.is_head,
+    }

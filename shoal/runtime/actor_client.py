@@ -1,0 +1,403 @@
+"""Calling actors: one `Client` per actor and process, which queues calls until control says where the actor is, then talks
+to its worker directly, in order and pipelined.
+
+A handle is counted like a reference: the client holds a ref to a pseudo-object that stands for the actor (`ids.actor_object_id`),
+whose home is the agent of the node where the actor was created. When the last one anywhere goes, that agent tells control, and
+the actor ends after the calls it has accepted. A call keeps its client, so nothing that was submitted is lost that way.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from shoal import exceptions
+from shoal.control import messages as control
+from shoal.control.messages import FUNCTIONS, ActorInfo, ActorSpec
+from shoal.node.messages import ERROR, INLINE, ObjectState, WorkerAddress
+from shoal.objects.ids import actor_object_id, function_id, new_actor_id
+from shoal.objects.serialization import deserialize, serialize
+from shoal.rpc.messages import Failed
+from shoal.runtime.link import WorkerLink
+from shoal.runtime.object_ref import ObjectRef
+from shoal.runtime.task_run import Bound, TaskRun
+
+if TYPE_CHECKING:
+    from shoal.runtime.core import CoreRuntime
+    from shoal.runtime.interface import ActorTemplate, MethodTemplate
+
+logger = logging.getLogger(__name__)
+
+WINDOW: Final = 10_000
+"""Calls sent and not answered, per caller and actor; more wait here rather than in the actor's memory."""
+REDIAL_S: Final = 1.0
+
+
+class ActorOptions(msgspec.Struct, array_like=True, frozen=True):
+    """`ActorSpec.options`: what the worker needs to run the actor."""
+
+    is_async: bool
+    max_concurrency: int
+    depth: int
+
+
+class ActorArguments(msgspec.Struct, array_like=True, frozen=True):
+    """`ActorSpec.arguments`: the constructor's arguments as in `messages.Run`."""
+
+    args: bytes
+    kwargs: bytes
+    arguments: list[Any]
+    packed: bool
+
+
+class Client:
+    """This process's one connection point to one actor. `call` and `location` belong to users' threads."""
+
+    def __init__(self, manager: ActorManager, actor_id: bytes, home: bytes, weak: bool, label: str = "actor") -> None:
+        self._manager = manager
+        self._runtime = manager.runtime
+        self._actor_id = actor_id
+        self.weak = weak
+        self.label = label
+        self.ref: ObjectRef[Any] = ObjectRef(actor_object_id(actor_id), home, owned=False)  # type: ignore[arg-type]
+        self.info = ActorInfo(actor_id, "pending")
+        self._queue: collections.deque[TaskRun] = collections.deque()
+        self._link: WorkerLink | None = None
+        self._asked = False
+        self.arguments: Any = None  # what the constructor was given, for this process to keep alive
+        self._unsure: list[TaskRun] = []  # sent over a connection that broke: control says what became of the actor
+
+    @property
+    def actor_id(self) -> bytes:
+        return self._actor_id
+
+    def location(self) -> tuple[bytes, bytes, bool]:
+        return self._actor_id, self.ref.home, self.weak
+
+    def call(self, method: MethodTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self._manager.bounds.get(method)
+        if bound is None:
+            bound = Bound(
+                self._runtime, method.label, method.label, method.num_returns, method=method.name,
+                max_retries=method.max_task_retries,
+            )  # fmt: skip
+            bound = self._manager.bounds.setdefault(method, bound)
+        return self._runtime.submit_call(self, bound, args, kwargs)
+
+    # ------------------------------------------------------------------------------------------- the reactor's side
+
+    def enqueue(self, run: TaskRun) -> None:
+        """Take its place in the order; it is sent when its arguments and its turn have come."""
+        if not self._asked:
+            self.watch()
+        if self.info.state == "dead":
+            self._runtime.fail(run, self._death())
+            return
+        self._queue.append(run)
+        if run.dependencies is None:
+            self.pump()
+
+    def watch(self) -> None:
+        """Follow the actor's life."""
+        self._asked = True
+        self._runtime.mail_control(control.WatchActor(actor_id=self._actor_id), self._watched)
+
+    def _watched(self, reply: Any) -> None:
+        if isinstance(reply, Failed):
+            if reply.kind == "closed":
+                return  # everything fails at once elsewhere
+            self.update(ActorInfo(self._actor_id, "dead", kind="unknown", cause=reply.text))
+        else:
+            self.update(reply.actor)
+
+    def update(self, info: ActorInfo) -> None:
+        """What control says of the actor now."""
+        before, self.info = self.info, info
+        match info.state:
+            case "alive":
+                if self._link is None or self._link.address.worker_id != info.worker_id:
+                    self._connect(info)
+            case "restarting" | "pending":
+                if info.incarnation != before.incarnation or before.state == "alive":
+                    self._lose_link()
+                self._retry_or_fail()
+            case "dead":
+                self._lose_link()
+                self._fail_all()
+
+    def _connect(self, info: ActorInfo) -> None:
+        self._lose_link()
+        self._retry_or_fail()
+        address = WorkerAddress(info.worker_id, info.node_id, info.address, info.socket_path, info.pid)
+        self._link = self._runtime.link_to(address)
+        self._link.sink = self
+        self.pump()
+
+    def _lose_link(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            self._unsure.extend(link.running.values())
+            link.running.clear()
+            link.close()
+
+    def _retry_or_fail(self) -> None:
+        """Calls that an incarnation took with it: again, if their retries allow, in front and in order; else they fail."""
+        unsure, self._unsure = self._unsure, []
+        again = []
+        for run in unsure:
+            if run.retries == 0:
+                text = f"{self.label} ended while {run.bound.name} was on its way or running, and is being restarted"
+                self._runtime.fail_with(run, exceptions.ActorUnavailableError(text, self._actor_id.hex()))
+                continue
+            if run.retries > 0:
+                run.retries -= 1
+            run.stage = "queued"
+            again.append(run)
+        self._queue.extendleft(reversed(again))
+
+    def _fail_all(self) -> None:
+        failed = [*self._unsure, *self._queue]
+        self._unsure, self._queue = [], collections.deque()
+        death = self._death() if failed else None
+        for run in failed:
+            assert death is not None
+            run.client = None
+            self._runtime.fail(run, death)
+
+    def _death(self) -> ObjectState:
+        info = self.info
+        cause = None
+        if info.error:
+            cause = deserialize(info.error)
+            if not isinstance(cause, exceptions.TaskError):
+                cause = None
+        text = f"{info.class_name or self.label} is dead: {info.cause or info.kind or 'the reason is not known'}"
+        error = exceptions.ActorDiedError(
+            text, self._actor_id.hex(), actor_init_failed=info.kind == "init_failed", cause=cause
+        )
+        return ObjectState(ERROR, serialize(error).flatten())
+
+    def pump(self) -> None:
+        """Send calls in order, as long as their arguments are ready and the window allows."""
+        link = self._link
+        if link is None or link.closed:
+            return
+        queue = self._queue
+        while queue and len(link.running) < WINDOW:
+            run = queue[0]
+            if run.stage == "arguments":
+                return
+            queue.popleft()
+            link.send(run)
+
+    def withdraw(self, run: TaskRun) -> None:
+        """The call has failed before it was sent."""
+        try:
+            self._queue.remove(run)
+        except ValueError:
+            return  # it was not in the queue: it had been sent
+        self._runtime.reactor.call_soon(self.pump)
+
+    def run_ended(self, _run: TaskRun) -> None:
+        if self._queue:
+            self.pump()
+
+    def handed_back(self, runs: list[TaskRun]) -> None:
+        self._queue.extendleft(reversed(runs))
+        self.pump()
+
+    def link_closed(self, link: WorkerLink, reason: Exception) -> None:
+        if self._link is not link:
+            return
+        self._link = None
+        self._unsure.extend(link.running.values())
+        link.running.clear()
+        logger.debug("lost actor=%s: %s", self._actor_id.hex(), reason)
+        # Control hears of the worker's end from its agent. If it was only the connection, dial again.
+        self._runtime.reactor.call_later(REDIAL_S, self._redial)
+
+    def _redial(self) -> None:
+        if self._link is None and self.info.state == "alive":
+            self.watch()
+
+    def why(self, run: TaskRun) -> str:
+        """What a call waits for."""
+        if run.stage == "sent":
+            return f"it is running or queued in {self.label} (pid {self.info.pid})"
+        if self.info.state == "alive":
+            return f"{self.label} is being connected to" if self._link is None else f"{self.label} is busy with earlier calls"
+        reason = self.info.reason
+        return f"{self.label} is {self.info.state}" + (f": {reason.text}" if reason is not None else "")
+
+
+class ActorManager:
+    """All actors that this process knows."""
+
+    def __init__(self, runtime: CoreRuntime) -> None:
+        self.runtime = runtime
+        self.bounds: dict[MethodTemplate, Bound] = {}
+        self._clients: weakref.WeakValueDictionary[bytes, Client] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+        self._shipped: set[bytes] = set()
+
+    def create(
+        self, template: ActorTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Client, bytes]:
+        """In a user's thread. A named actor is settled with control at once (its name may be taken), others on the way."""
+        runtime = self.runtime
+        bound = template.bound
+        if bound is None or bound[0] is not runtime:
+            bound = template.bound = self._bind(template)
+        _, class_id, blob = bound
+        actor_id = bytes(new_actor_id(runtime.job_id))  # type: ignore[arg-type]
+        run = TaskRun(0, Bound(runtime, f"{template.cls.__name__}.__init__", template.cls.__qualname__, 0), None, runtime.depth)
+        if args or kwargs:
+            runtime.pack(run, args, kwargs)
+        detached = template.detached
+        if detached is None:
+            detached = runtime.job.default_lifetime == "detached"
+        spec = ActorSpec(
+            actor_id, runtime.job_id, runtime.worker_id, runtime.node_id, template.cls.__name__, class_id, b"",
+            template.resources, template.placement, template.strategy, template.name or "",
+            runtime.job.namespace if template.namespace is None else template.namespace, detached, template.max_restarts,
+            template.max_task_retries, template.max_concurrency, template.env_vars, template.handle,
+            msgspec.msgpack.encode(ActorOptions(template.is_async, template.max_concurrency, runtime.depth)),
+        )  # fmt: skip
+        client = Client(self, actor_id, runtime.node_id, weak=detached, label=template.cls.__name__)
+        creation = _Creation(self, client, spec, run, blob)
+        if not template.name:
+            self._own(client)
+            runtime.reactor.call_soon(creation.begin)
+            return client, template.handle
+        answer = creation.settle_name(template.get_if_exists)
+        if answer.actor_id != actor_id:
+            return self.borrow(answer.actor_id, b"", weak=True), answer.handle
+        return client, template.handle
+
+    def _bind(self, template: ActorTemplate) -> tuple[CoreRuntime, bytes, bytes]:
+        packed = serialize(template.cls, what=f"the class {template.cls.__name__}")
+        blob = packed.flatten()
+        self.runtime.keep_for_good(self.runtime.contained_refs(packed))
+        return self.runtime, bytes(function_id(blob)), blob
+
+    def _own(self, client: Client) -> None:
+        """This process made the actor: its node counts the handles."""
+        with self._lock:
+            self._clients[client.actor_id] = client
+        ref = client.ref
+        ref.owned, ref.state = True, INLINE
+        if not client.weak:
+            self.runtime.known[ref.binary()] = ref
+            self.runtime.reactor.call_soon(self.runtime.publish, ref)
+
+    def ship_class(self, class_id: bytes, blob: bytes) -> None:
+        """Control keeps each class once."""
+        if class_id not in self._shipped:
+            self._shipped.add(class_id)
+            self.runtime.mail_control(
+                control.PutKey(space=FUNCTIONS, key=class_id, value=blob, overwrite=False), self._class_shipped
+            )
+
+    def _class_shipped(self, reply: Any) -> None:
+        if isinstance(reply, Failed):
+            logger.error("control did not take an actor's class: %s", reply.text)
+
+    def borrow(self, actor_id: bytes, home: bytes, weak: bool) -> Client:
+        """The client of an actor that somebody else made. Any thread."""
+        with self._lock:
+            client = self._clients.get(actor_id)
+            if client is None or (client.weak and not weak):
+                client = Client(self, actor_id, home, weak)
+                if not weak:
+                    client.ref = self.runtime.borrow(actor_object_id(actor_id), home)  # type: ignore[arg-type]
+                self._clients[actor_id] = client
+        return client
+
+    def update(self, info: ActorInfo) -> None:
+        client = self._clients.get(info.actor_id)
+        if client is not None:
+            client.update(info)
+        elif info.state != "dead":
+            self.runtime.tell_control(control.UnwatchActor(info.actor_id))
+
+
+class _Creation:
+    """An actor on its way to control: the constructor's arguments may have to become ready first."""
+
+    def __init__(self, manager: ActorManager, client: Client, spec: ActorSpec, run: TaskRun, blob: bytes) -> None:
+        self._manager = manager
+        self._client = client
+        self._spec = spec
+        self._run = run
+        self._blob = blob
+        self._get_if_exists = False
+        self._answered: Any = None
+
+    def begin(self) -> None:
+        """On the reactor's thread."""
+        runtime, run = self._manager.runtime, self._run
+        self._manager.ship_class(self._spec.class_id, self._blob)
+        if run.keep:
+            runtime.publish_all(run.keep)
+        self._client._asked = True  # the creation is answered, and watched from then on
+        run.client = self
+        if run.dependencies is None or runtime.settle_dependencies(run):
+            self.pump()
+
+    def pump(self) -> None:
+        """All arguments are ready (the runtime calls this as it would a client's)."""
+        run = self._run
+        arguments = msgspec.msgpack.encode(ActorArguments(run.args, run.kwargs, run.arguments or [], run.packed))
+        spec = msgspec.structs.replace(self._spec, arguments=arguments)
+        request = control.CreateActor(spec=spec, get_if_exists=self._get_if_exists)
+        self._manager.runtime.mail_control(request, self._created)
+
+    def withdraw(self, run: TaskRun) -> None:
+        """An argument failed: the actor will never be."""
+        state = next((ref for ref in run.dependencies or () if ref.state not in (0, 1, 2)), None)
+        cause = self._manager.runtime.error_of(state) if state is not None else None
+        self._created(Failed(kind="arguments", text=f"an argument of its constructor failed: {cause}"))
+
+    def _created(self, reply: Any) -> None:
+        if self._answered is not None:
+            self._answered(reply)
+        if isinstance(reply, Failed):
+            if reply.kind != "closed":
+                info = ActorInfo(self._client.actor_id, "dead", kind=reply.kind, cause=reply.text)
+                self._client.update(info)
+            return
+        if reply.actor.actor_id == self._client.actor_id:
+            # The constructor's arguments live until it has run: the client keeps them.
+            self._client.arguments = (self._run.keep, self._run.dependencies)
+            self._client.watch()
+
+    def settle_name(self, get_if_exists: bool) -> ActorInfo:
+        """In a user's thread: create it, or learn who has the name."""
+        runtime = self._manager.runtime
+        self._get_if_exists = get_if_exists
+        box: list[Any] = []
+        lock = threading.Lock()
+        lock.acquire()
+
+        def answered(reply: Any) -> None:
+            box.append(reply)
+            lock.release()
+
+        self._answered = answered
+        self._manager._own(self._client)
+        runtime.reactor.call_soon(self.begin)
+        lock.acquire()
+        reply = box[0]
+        if isinstance(reply, Failed):
+            if reply.kind == "name_taken":
+                raise exceptions.ActorAlreadyExistsError(reply.text)
+            raise exceptions.ShoalSystemError(f"cannot create the actor {self._spec.name!r}: {reply.text}")
+        actor: ActorInfo = reply.actor
+        return actor
+
+

@@ -1,0 +1,149 @@
+"""From an `InitRequest` to a running `CoreRuntime`: find a cluster on this machine, or start one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+
+from shoal import session
+from shoal.control.messages import JobInfo, Notice
+from shoal.exceptions import ClusterConnectionError, ClusterNotFoundError
+from shoal.node.launch import NodeOptions, RunningNode, StartingNode, spawn_node
+from shoal.node.messages import RegisterProcess
+from shoal.objects.ids import new_worker_id
+from shoal.runtime.core import CoreRuntime
+from shoal.runtime.driver_output import DriverOutput, OutputSettings
+from shoal.runtime.init_request import InitRequest
+from shoal.runtime.interface import ContextData
+from shoal.scheduling.resources import to_floats
+from shoal.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+class DriverRuntime(CoreRuntime):
+    """A driver's runtime: what `init()` made, with the node it started, if it did."""
+
+    def __init__(self, token: bytes) -> None:
+        super().__init__(worker_id=bytes(new_worker_id()), token=token, is_driver=True, name=f"driver-{os.getpid()}")
+        self.node: RunningNode | None = None
+        self.lifeline = -1
+        self.output: DriverOutput | None = None
+        self.control_address = ""
+        self.describe_context = self._context
+        self._noticed: set[str] = set()
+        self.on_notice = self._show_notice
+
+    def _context(self) -> ContextData:
+        return ContextData(
+            job_id=self.job_id, node_id=self.node_id, worker_id=self.worker_id, namespace=self.job.namespace,
+            node_ip=self.node_ip, control_address=self.control_address, session_dir=self.session_dir,
+            env_vars=self.job.env_vars,
+        )  # fmt: skip
+
+    def _show_notice(self, notice: Notice) -> None:
+        level = {"info": logging.INFO, "error": logging.ERROR}.get(notice.level, logging.WARNING)
+        logger.log(level, "%s", notice.text)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.output is not None:
+            self.output.close()
+        if self.lifeline >= 0:
+            os.close(self.lifeline)
+            self.lifeline = -1
+        if self.node is not None:
+            self.node.stop()
+
+
+def connect(request: InitRequest) -> DriverRuntime:
+    """Carry out `init()`.
+
+    Raises:
+        ClusterNotFoundError: "auto", and no cluster runs on this machine.
+        ClusterConnectionError, AuthenticationError, VersionMismatchError, ValueError, ShoalError.
+    """
+    base = session.base_folder(request.temp_dir)
+    address = request.address
+    if address == "local":
+        return _start_local(request)
+    if address in (None, "auto"):
+        found = session.find_cluster(base)
+        if found is None:
+            if address == "auto":
+                raise ClusterNotFoundError("no cluster runs on this machine; start one with: shoal start --head")
+            return _start_local(request)
+    else:
+        assert address is not None
+        found = session.find_node(base, address)
+        if found is None:
+            found = _find_member(base, address)
+    request.refuse_for_existing(found.record.control_address)
+    token = found.folder.read_token()
+    return _join(request, found.record, token, None, -1)
+
+
+def _find_member(base: os.PathLike[str], address: str) -> session.LiveNode:
+    """A node of this machine that belongs to the cluster whose head is at `address`."""
+    nodes = session.live_nodes(base)  # type: ignore[arg-type]
+    for node in nodes:
+        if address in (node.record.control_address, node.record.address):
+            return node
+    hint = f"start a node here that joins it first: shoal start --address={address}"
+    raise ClusterConnectionError(f"no node on this machine belongs to a cluster at {address}; {hint}")
+
+
+def _start_local(request: InitRequest) -> DriverRuntime:
+    """A cluster of one node that ends with this process, however that ends."""
+    lifeline_in, lifeline_out = os.pipe2(os.O_CLOEXEC)
+    starting: StartingNode | None = None
+    try:
+        starting = spawn_node(
+            NodeOptions(
+                head=True,
+                node_ip=request.node_ip_address or "127.0.0.1",
+                num_cpus=request.num_cpus,
+                num_gpus=request.num_gpus,
+                resources=to_floats(request.resources),
+                labels=dict(request.labels),
+                memory=request.memory,
+                object_store_memory=request.object_store_memory,
+                temp_dir=request.temp_dir,
+                private=True,
+                lifeline_fd=lifeline_in,
+            )
+        )
+        os.close(lifeline_in)
+        node = starting.wait_ready()
+        return _join(request, node.record, node.folder.read_token(), node, lifeline_out)
+    except BaseException:
+        os.close(lifeline_out)  # the node, if it runs, ends with it
+        if starting is not None and starting.process.poll() is None:
+            starting.process.wait()
+        raise
+
+
+def _join(
+    request: InitRequest, record: session.NodeRecord, token: str, node: RunningNode | None, lifeline: int
+) -> DriverRuntime:
+    runtime = DriverRuntime(token.encode())
+    runtime.node, runtime.lifeline = node, lifeline
+    runtime.control_address = record.control_address
+    if request.log_to_driver:
+        runtime.output = DriverOutput(record.address.rpartition(":")[0].strip("[]"), OutputSettings.from_environment(os.environ))
+        runtime.on_logs = runtime.output.show
+    if request.logging_level is not None:
+        logging.getLogger("shoal").setLevel(request.logging_level)
+    job = JobInfo(
+        b"", request.namespace or "", runtime.worker_id, bytes.fromhex(record.node_id), os.getpid(), request.entrypoint,
+        [os.path.abspath(path) for path in sys.path], os.getcwd(), dict(request.env_vars), time.time(),
+        default_lifetime=request.default_lifetime, log_to_driver=request.log_to_driver,
+    )  # fmt: skip
+    register = RegisterProcess(
+        worker_id=runtime.worker_id, pid=os.getpid(), is_driver=True, job=job, version=__version__,
+        python="%d.%d" % sys.version_info[:2],
+    )  # fmt: skip
+    runtime.start(record.agent_socket, register)
+    return runtime

@@ -1,0 +1,360 @@
+"""The owner's side of tasks: scheduling classes, the leases they hold, and which worker gets which call.
+
+Calls are grouped by what they need of a worker (`LeaseSpec`). A class tells agents as a level how many leases it could use,
+and calls go straight to leased workers. How many are sent ahead to one worker adapts: one until the function's pace is
+known, then as many as keep the worker busy for `BUDGET_S`, so a worker never waits for its owner, and never holds a
+long queue that others could run. What a worker cannot start soon it hands back.
+Leases are used again while there is work and returned `IDLE_S` after there is none, or at once when others wait.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from shoal.node.messages import (
+    LeaseDemand,
+    LeaseGranted,
+    LeaseLost,
+    LeaseRedirected,
+    LeaseSpec,
+    LeaseWaiting,
+    OwnerHello,
+    ReclaimLeases,
+    ReturnLease,
+    ToProcess,
+    WorkerExit,
+)
+from shoal.rpc.frames import make_decoder
+from shoal.rpc.reactor import Channel, Timer
+from shoal.runtime.link import WorkerLink
+from shoal.runtime.task_run import TaskRun
+from shoal.scheduling.views import WaitReason
+
+if TYPE_CHECKING:
+    from shoal.runtime.core import CoreRuntime
+
+BUDGET_S: Final = 0.004
+MAX_AHEAD: Final = 1000
+IDLE_S: Final = 0.1
+VERDICT_S: Final = 2.0
+"""How long the owner of a lost connection waits for the agent to say how the worker ended."""
+
+_decoder = make_decoder(ToProcess)
+
+
+class AgentLink:
+    """An agent that gives leases: this node's, over the runtime's own channel, or another's, over one made for it."""
+
+    def __init__(self, tasks: TaskManager, channel: Channel, node_id: bytes) -> None:
+        self.tasks = tasks
+        self.channel = channel
+        self.node_id = node_id
+        self.introduced: set[int] = set()  # classes whose spec this agent has
+
+
+class Lease:
+    """One worker, lent to one class."""
+
+    __slots__ = ("agent", "broken", "cls", "idle_timer", "lease_id", "link", "load_s", "verdict_timer")
+
+    def __init__(self, cls: SchedulingClass, agent: AgentLink, lease_id: int, link: WorkerLink) -> None:
+        self.cls = cls
+        self.agent = agent
+        self.lease_id = lease_id
+        self.link = link
+        self.load_s = 0.0  # expected duration of what runs there
+        self.idle_timer: Timer | None = None
+        self.verdict_timer: Timer | None = None
+        self.broken = ""
+
+    def run_ended(self, run: TaskRun) -> None:
+        self.load_s -= run.bound.pace_s or 0.0
+        if not self.link.running:
+            self.load_s = 0.0
+        self.cls.pump_soon()
+
+    def handed_back(self, runs: list[TaskRun]) -> None:
+        for run in reversed(runs):
+            run.stage = "queued"
+            self.cls.queue.appendleft(run)
+        self.cls.held_up = True
+        self.cls.pump_soon()
+
+    def link_closed(self, _link: WorkerLink, reason: Exception) -> None:
+        self.broken = str(reason)
+        self.verdict_timer = self.cls.tasks.runtime.reactor.call_later(VERDICT_S, self._no_verdict)
+
+    def _no_verdict(self) -> None:
+        """The agent has not said that the worker ended: then it hangs, or its node is out of reach."""
+        self.agent.channel.send(ReturnLease(self.lease_id, broken=True))
+        self.cls.tasks.lose(self, WorkerExit(cause=self.broken))
+
+
+class SchedulingClass:
+    """Calls with equal needs, in the order of their submission."""
+
+    def __init__(self, tasks: TaskManager, class_id: int, spec: LeaseSpec) -> None:
+        self.tasks = tasks
+        self.class_id = class_id
+        self.spec = spec
+        self.queue: collections.deque[TaskRun] = collections.deque()
+        self.leases: list[Lease] = []
+        self.told: dict[AgentLink, int] = {}  # demand that each agent knows
+        self.elsewhere: dict[AgentLink, int] = {}  # leases that other agents were asked for, granted ones included
+        self.reason: WaitReason | None = None
+        self.held_up = False  # a worker handed calls back: others would run them sooner
+        self._pumping = False
+
+    def add(self, run: TaskRun) -> None:
+        self.queue.append(run)
+        self.pump_soon()
+
+    def pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            self.tasks.dirty.append(self)
+            if len(self.tasks.dirty) == 1:
+                self.tasks.runtime.reactor.call_soon(self.tasks.pump)
+
+    def pump(self) -> None:
+        """Send what can be sent, and settle how many leases are wanted."""
+        self._pumping = False
+        if self.queue:
+            self._fill()
+        self._demand()
+        for lease in self.leases:
+            if not lease.link.running and not lease.broken:
+                if lease.idle_timer is None and not self.queue:
+                    lease.idle_timer = self.tasks.runtime.reactor.call_later(IDLE_S, lambda le=lease: self._return(le))  # type: ignore[misc]
+            elif lease.idle_timer is not None:
+                lease.idle_timer.cancel()
+                lease.idle_timer = None
+
+    def _fill(self) -> None:
+        """Deal the queue out: every lease gets one call before any gets a second one ahead."""
+        queue = self.queue
+        for lease in self.leases:
+            if not queue:
+                return
+            if not lease.link.running and not lease.broken:
+                self._send(lease, queue.popleft())
+        open_leases = [lease for lease in self.leases if not lease.broken]
+        if not open_leases:
+            return
+        share = max(1, math.ceil(len(queue) / len(open_leases)))  # so that one worker does not get what two could run
+        for lease in open_leases:
+            sent = 0
+            while queue and sent < share:
+                pace = queue[0].bound.pace_s
+                if pace is None or queue[0].bound.max_calls or len(lease.link.running) >= MAX_AHEAD:
+                    break
+                if lease.link.running and lease.load_s + pace > BUDGET_S:
+                    break
+                self._send(lease, queue.popleft())
+                sent += 1
+
+    def _send(self, lease: Lease, run: TaskRun) -> None:
+        lease.load_s += run.bound.pace_s or 0.0
+        lease.link.send(run)
+
+    # ---------------------------------------------------------------------------------------------- demand
+
+    def _wanted(self) -> int:
+        """Leases this class could use now, those it has included."""
+        busy = sum(1 for lease in self.leases if lease.link.running and not lease.broken)
+        queued = len(self.queue)
+        if queued:
+            pace = self.queue[0].bound.pace_s
+            if pace is not None and not self.held_up:
+                queued = min(queued, max(1, math.ceil(queued * pace / BUDGET_S)))
+        else:
+            self.held_up = False
+        return busy + queued
+
+    def _demand(self) -> None:
+        wanted = max(0, self._wanted() - sum(self.elsewhere.values()))
+        self._tell(self.tasks.local, wanted)
+        if not self.queue:
+            for agent in list(self.elsewhere):
+                granted = sum(1 for lease in self.leases if lease.agent is agent)
+                self.elsewhere[agent] = granted
+                self._tell(agent, granted)
+                if not granted:
+                    del self.elsewhere[agent]
+
+    def _tell(self, agent: AgentLink, wanted: int) -> None:
+        told = self.told.get(agent, 0)
+        if wanted == told or (min(wanted, told) > 2 * len(self.leases) + 64 and told / 2 < wanted < told * 2):
+            return  # the same, or of the same order while far out of reach
+        self.told[agent] = wanted
+        spec = None
+        if self.class_id not in agent.introduced:
+            agent.introduced.add(self.class_id)
+            spec = self.spec
+        agent.channel.send(LeaseDemand(self.class_id, wanted, spec))
+
+    # ---------------------------------------------------------------------------------------------- leases
+
+    def granted(self, agent: AgentLink, message: LeaseGranted) -> None:
+        self.reason = None
+        link = self.tasks.runtime.link_to(message.worker)
+        lease = Lease(self, agent, message.lease_id, link)
+        link.sink = lease
+        self.leases.append(lease)
+        self.tasks.leases[agent, message.lease_id] = lease
+        self.pump_soon()
+
+    def redirected(self, agent: AgentLink, message: LeaseRedirected) -> None:
+        """Ask over there for what this agent cannot give."""
+        self.told[agent] = max(0, self.told.get(agent, 0) - message.count)
+        if not self.queue or not message.address:
+            self.pump_soon()
+            return
+        other = self.tasks.agent_at(message.node_id, message.address)
+        self.elsewhere[other] = self.elsewhere.get(other, 0) + message.count
+        self._tell(other, self.elsewhere[other])
+
+    def _return(self, lease: Lease) -> None:
+        lease.idle_timer = None
+        if lease.link.running or lease.broken or lease not in self.leases:
+            return
+        self._drop(lease)
+        self._demand()
+        lease.agent.channel.send(ReturnLease(lease.lease_id))
+
+    def return_idle(self) -> None:
+        """Others wait for what idle leases hold."""
+        for lease in list(self.leases):
+            if not self.queue and not lease.link.running:
+                if lease.idle_timer is not None:
+                    lease.idle_timer.cancel()
+                self._return(lease)
+
+    def _drop(self, lease: Lease) -> None:
+        self.leases.remove(lease)
+        self.tasks.leases.pop((lease.agent, lease.lease_id), None)
+        if lease.link.sink is lease:
+            lease.link.sink = None
+        if lease.idle_timer is not None:
+            lease.idle_timer.cancel()
+        if lease.verdict_timer is not None:
+            lease.verdict_timer.cancel()
+
+    def lost(self, lease: Lease, exit: WorkerExit) -> None:
+        """The lease's worker ended: what it ran is tried again where that is allowed, what it had not begun always is."""
+        self._drop(lease)
+        runs = list(lease.link.running.values())
+        lease.link.running.clear()
+        lease.link.close()
+        if lease.agent is not self.tasks.local and lease.agent in self.elsewhere:
+            self.elsewhere[lease.agent] = max(0, self.elsewhere[lease.agent] - 1)
+        for position, run in reversed(list(enumerate(runs))):
+            if position == 0 and run.retries == 0:
+                self.tasks.runtime.fail_crashed(run, exit, lease.link.address)
+                continue
+            if position == 0 and run.retries > 0:
+                run.retries -= 1
+            run.stage = "queued"
+            self.queue.appendleft(run)
+        self.pump_soon()
+
+
+class TaskManager:
+    """All scheduling classes of this process. Reactor's thread only."""
+
+    def __init__(self, runtime: CoreRuntime) -> None:
+        self.runtime = runtime
+        self.local = AgentLink(self, runtime.agent, runtime.node_id)
+        self.leases: dict[tuple[AgentLink, int], Lease] = {}
+        self.dirty: list[SchedulingClass] = []
+        self._classes: dict[bytes, SchedulingClass] = {}
+        self._by_id: list[SchedulingClass] = []
+        self._agents: dict[bytes, AgentLink] = {}
+
+    def submit(self, run: TaskRun) -> None:
+        """The arguments are ready: queue it."""
+        run.stage = "queued"
+        self.class_of(run).add(run)
+
+    def class_of(self, run: TaskRun) -> SchedulingClass:
+        cls = run.bound.classes.get(run.depth)
+        if cls is None:
+            cls = run.bound.classes[run.depth] = self._find_class(run)
+        found: SchedulingClass = cls
+        return found
+
+    def _find_class(self, run: TaskRun) -> SchedulingClass:
+        import msgspec
+
+        spec = run.bound.spec
+        assert spec is not None
+        spec = msgspec.structs.replace(spec, depth=run.depth)
+        key = msgspec.msgpack.encode(msgspec.structs.replace(spec, name=""), order="sorted")
+        cls = self._classes.get(key)
+        if cls is None:
+            cls = self._classes[key] = SchedulingClass(self, len(self._by_id), spec)
+            self._by_id.append(cls)
+        return cls
+
+    def pump(self) -> None:
+        dirty, self.dirty = self.dirty, []
+        for cls in dirty:
+            cls.pump()
+
+    def agent_at(self, node_id: bytes, address: str) -> AgentLink:
+        """Another node's agent, connected when first needed."""
+        if node_id == self.runtime.node_id:
+            return self.local
+        agent = self._agents.get(node_id)
+        if agent is None:
+            runtime = self.runtime
+            channel = Channel(runtime.reactor, _decoder, self._from_other_agent, self._agent_lost)
+            agent = self._agents[node_id] = AgentLink(self, channel, node_id)
+            channel.context = agent
+            channel.connect(address, runtime.token, "agent", runtime.name)
+            channel.send(OwnerHello(runtime.worker_id, runtime.job_id, runtime.node_id))
+        return agent
+
+    def _from_other_agent(self, channel: Channel, message: Any) -> None:
+        self.from_agent(channel.context, message)
+
+    def _agent_lost(self, channel: Channel, reason: Exception) -> None:
+        """Another node's agent is gone, and its leases with it."""
+        agent: AgentLink = channel.context
+        self._agents.pop(agent.node_id, None)
+        for (owner, _), lease in list(self.leases.items()):
+            if owner is agent:
+                self.lose(lease, WorkerExit(cause=f"its node {agent.node_id.hex()[:12]} is gone: {reason}"))
+        for cls in self._by_id:
+            if cls.elsewhere.pop(agent, None) is not None or cls.told.pop(agent, None) is not None:
+                cls.pump_soon()
+
+    def from_agent(self, agent: AgentLink, message: Any) -> None:
+        """What an agent says about leases."""
+        match message:
+            case LeaseGranted():
+                self._by_id[message.class_id].granted(agent, message)
+            case LeaseRedirected():
+                self._by_id[message.class_id].redirected(agent, message)
+            case LeaseWaiting():
+                self._by_id[message.class_id].reason = message.reason
+            case ReclaimLeases():
+                for cls in self._by_id:
+                    cls.return_idle()
+            case LeaseLost():
+                lease = self.leases.get((agent, message.lease_id))
+                if lease is not None:
+                    self.lose(lease, message.exit)
+
+    def lose(self, lease: Lease, exit: WorkerExit) -> None:
+        lease.cls.lost(lease, exit)
+
+    def cancel(self, run: TaskRun) -> bool:
+        """Take a call out of its queue. False when it is not there (it was sent, or waits for arguments)."""
+        try:
+            self.class_of(run).queue.remove(run)
+        except ValueError:
+            return False
+        return True

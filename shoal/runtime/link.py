@@ -1,0 +1,98 @@
+"""A connection from an owner to one worker: sends calls, and takes in what comes back. Reactor's thread only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shoal.node.messages import WorkerAddress
+from shoal.rpc.frames import encode_message, make_decoder
+from shoal.rpc.reactor import Channel
+from shoal.runtime.messages import Cancel, Ended, Finished, HandedBack, Introduce, Pace, Run, Taken, ToOwner
+from shoal.runtime.task_run import Bound, TaskRun
+
+if TYPE_CHECKING:
+    from shoal.runtime.core import CoreRuntime
+
+_decoder = make_decoder(ToOwner)
+
+
+class Sink(Protocol):
+    """Who uses the worker at the other end: a lease, or an actor's client."""
+
+    def run_ended(self, run: TaskRun) -> None: ...
+    def handed_back(self, runs: list[TaskRun]) -> None: ...
+    def link_closed(self, link: WorkerLink, reason: Exception) -> None: ...
+
+
+class WorkerLink:
+    """See the module. `running` holds what was sent and has not ended, oldest first."""
+
+    def __init__(self, runtime: CoreRuntime, address: WorkerAddress, sink: Sink | None) -> None:
+        self.runtime = runtime
+        self.address = address
+        self.sink = sink
+        self.running: dict[int, TaskRun] = {}
+        self._templates: dict[tuple[int, int], int] = {}
+        self._bounds: list[Bound] = []  # by template id; also keeps `id(bound)` from being used again
+        self.channel = Channel(runtime.reactor, _decoder, self._message, self._closed)
+        if address.node_id == runtime.node_id:
+            where, target = f"unix:{address.socket_path}", "worker"
+        else:
+            where, target = address.node_address, f"worker:{address.worker_id.hex()}"
+        self.channel.connect(where, runtime.token, target, runtime.name)
+        self.channel.send(Introduce(runtime.worker_id, runtime.job_id, runtime.node_id))
+
+    @property
+    def closed(self) -> bool:
+        return self.channel.closed
+
+    def send(self, run: TaskRun) -> None:
+        bound = run.bound
+        key = (id(bound), run.depth)
+        template_id = self._templates.get(key)
+        if template_id is None:
+            template_id = self._templates[key] = len(self._bounds)
+            self._bounds.append(bound)
+            self.channel.send(bound.template(template_id, run.depth))
+        self.running[run.counter] = run
+        run.stage = "sent"
+        self.channel.send_encoded(
+            encode_message(Run(template_id, run.counter, run.args, run.kwargs, run.arguments or [], run.packed))
+        )
+
+    def cancel(self, run: TaskRun) -> None:
+        self.channel.send(Cancel(run.counter))
+
+    def _message(self, _channel: Channel, message: Any) -> None:
+        kind = type(message)
+        if kind is Finished:
+            run = self.running.pop(message.counter, None)
+            if run is not None:
+                self.runtime.finish_inline(run, message.payload)
+                if self.sink is not None:
+                    self.sink.run_ended(run)
+        elif kind is Ended:
+            run = self.running.pop(message.counter, None)
+            if run is not None:
+                self.runtime.finish(run, message.results)
+                if message.handover:
+                    self.runtime.after_uses(lambda: self.channel.send(Taken(message.counter)))
+                if self.sink is not None:
+                    self.sink.run_ended(run)
+        elif kind is Pace:
+            self._bounds[message.template_id].pace_s = message.seconds
+        elif kind is HandedBack:
+            runs = [run for counter in message.counters if (run := self.running.pop(counter, None)) is not None]
+            if self.sink is not None:
+                self.sink.handed_back(runs)
+
+    def _closed(self, _channel: Channel, reason: Exception) -> None:
+        self.runtime.forget_link(self)
+        if self.sink is not None:
+            self.sink.link_closed(self, reason)
+
+    def close(self) -> None:
+        self.sink = None
+        self.channel.close()
+
+

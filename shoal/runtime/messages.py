@@ -1,0 +1,94 @@
+"""What owners and workers say to each other directly. Tasks are named by their owner's counter on that connection."""
+
+from __future__ import annotations
+
+from shoal.node.messages import ObjectState
+from shoal.rpc.messages import Message
+
+
+class Introduce(Message, frozen=True, tag=300):
+    """First message of an owner on a connection to a worker: who it is, and where references to its objects are counted."""
+
+    worker_id: bytes
+    job_id: bytes
+    node_id: bytes
+
+
+class Template(Message, frozen=True, tag=301):
+    """What calls with this `template_id` on this connection have in common. `code`: flat pickled function; empty for a
+    method of the actor that lives there, named `method`."""
+
+    template_id: int
+    name: str  # of the task, for people
+    function_name: str
+    num_returns: int
+    depth: int = 0
+    code: bytes = b""
+    method: str = ""
+    resources: dict[str, int] = {}
+    max_calls: int = 0
+
+
+class Argument(Message, frozen=True, tag=302):
+    """A top-level argument that was a reference: INLINE comes with its value, STORED is read by the worker itself."""
+
+    object_id: bytes
+    home: bytes
+    state: ObjectState
+
+
+class Run(Message, frozen=True, tag=303):
+    """Call it. `args`, `kwargs`: flat serialized tuple and dict, empty for none; references at the top level were replaced
+    by `Placeholder`s into `arguments`. With `packed`, both are in the stored object `arguments[-1]` as one tuple."""
+
+    template_id: int
+    counter: int
+    args: bytes = b""
+    kwargs: bytes = b""
+    arguments: list[Argument] = []
+    packed: bool = False
+
+
+class Finished(Message, frozen=True, tag=304):
+    """One result that is small: the usual case."""
+
+    counter: int
+    payload: bytes
+
+
+class Ended(Message, frozen=True, tag=305):
+    """Results in order (1..num_returns), or one ERROR that holds for all. `handover`: the worker keeps what the results
+    contain alive until it hears `Taken`."""
+
+    counter: int
+    results: list[ObjectState]
+    handover: bool = False
+
+
+class Pace(Message, frozen=True, tag=306):
+    """How long calls of this template take here, in seconds, smoothed; sent when first known and when it changes much."""
+
+    template_id: int
+    seconds: float
+
+
+class HandedBack(Message, frozen=True, tag=307):
+    """Not started, and would wait behind one that blocks or runs long: run them elsewhere."""
+
+    counters: list[int]
+
+
+class Taken(Message, frozen=True, tag=308):
+    """The owner has registered its use of what the results of this task contain."""
+
+    counter: int
+
+
+class Cancel(Message, frozen=True, tag=309):
+    """Drop the task if it has not started, else interrupt it."""
+
+    counter: int
+
+
+ToWorker = Introduce | Template | Run | Taken | Cancel
+ToOwner = Finished | Ended | Pace | HandedBack

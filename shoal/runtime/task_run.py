@@ -1,0 +1,102 @@
+"""What the owner keeps of a call between `.remote()` and its result, and what calls of one template share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shoal.node.messages import LeaseSpec
+from shoal.runtime.messages import Argument, Template
+
+if TYPE_CHECKING:
+    from shoal.runtime.object_ref import ObjectRef
+
+
+class Placeholder:
+    """Stands in the serialized arguments for the n-th reference, until the worker puts the value there."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return Placeholder, (self.index,)
+
+
+class Bound:
+    """A template as one runtime prepared it: pickled code and scheduling class. One per `f` or `f.options(...)`.
+
+    Attributes:
+        spec: None for a method of an actor.
+        pace_s: how long a call takes, None until a worker said so.
+    """
+
+    __slots__ = ("classes", "code", "function_name", "max_calls", "max_retries", "method", "name", "num_returns", "pace_s", "runtime", "spec")  # fmt: skip
+
+    def __init__(
+        self,
+        runtime: Any,
+        name: str,
+        function_name: str,
+        num_returns: int,
+        *,
+        code: bytes = b"",
+        method: str = "",
+        spec: LeaseSpec | None = None,
+        max_retries: int = 0,
+        max_calls: int = 0,
+    ) -> None:
+        self.runtime = runtime
+        self.name = name
+        self.function_name = function_name
+        self.num_returns = num_returns
+        self.code = code
+        self.method = method
+        self.spec = spec
+        self.max_retries = max_retries
+        self.max_calls = max_calls
+        self.pace_s: float | None = None
+        self.classes: dict[int, Any] = {}  # depth -> scheduling class
+
+    def template(self, template_id: int, depth: int) -> Template:
+        resources = self.spec.resources if self.spec is not None else {}
+        return Template(
+            template_id, self.name, self.function_name, self.num_returns, depth, self.code, self.method, resources,
+            self.max_calls,
+        )  # fmt: skip
+
+
+class TaskRun:
+    """One call that has no result yet.
+
+    Attributes:
+        refs: of the results: one ref, or a list of them, or None when there are none.
+        dependencies: refs among the top-level arguments (the last may be the stored arguments themselves).
+        keep: what must live until the call has ended: refs inside arguments, the actor's client.
+        missing: dependencies that are not ready yet.
+        stage: "arguments" -> "queued" -> "sent" -> "done".
+    """
+
+    __slots__ = ("args", "arguments", "bound", "client", "counter", "dependencies", "depth", "keep", "kwargs", "missing", "packed", "refs", "retries", "stage")  # fmt: skip
+
+    def __init__(self, counter: int, bound: Bound, refs: Any, depth: int) -> None:
+        self.counter = counter
+        self.bound = bound
+        self.refs = refs
+        self.depth = depth
+        self.args = b""
+        self.kwargs = b""
+        self.packed = False
+        self.dependencies: list[ObjectRef[Any]] | None = None
+        self.arguments: list[Argument] | None = None
+        self.keep: Any = None
+        self.client: Any = None  # of the actor, for a method call
+        self.missing = 0
+        self.retries = bound.max_retries
+        self.stage = "queued"
+
+    def ready(self, _ref: ObjectRef[Any]) -> None:
+        """One of the dependencies has become ready."""
+        self.missing -= 1
+        if self.missing == 0 and self.stage == "arguments":
+            self.bound.runtime.arguments_ready(self)
