@@ -316,8 +316,8 @@ class ActorLives:
             self._roomy[node.node_id] = None
 
     def place_waiting(self) -> None:
-        """Try the lines on the nodes where room was made. Called at the end of each round, when all that ends has ended:
-        what a dying job leaves must not be given to its own waiting actors."""
+        """Try the lines on the nodes where room was made. Called at the end of each round, when all that ends has
+        ended: what a dying job leaves must not be given to its own waiting actors."""
         while self._roomy:
             node_id, _ = self._roomy.popitem()
             node = self._nodes.find(node_id)

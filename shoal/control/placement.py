@@ -175,6 +175,8 @@ class WaitingRoom:
 
     def _choose_light(self, line: Line, views: Sequence[NodeView]) -> Node | None:
         strategy, need = line.spec.strategy, line.need
+        stays_home = strategy.kind == "default"
+        avoids_gpus = "GPU" not in need
         creator_id = line.first().spec.owner_node
         best: NodeRecord | None = None
         best_share = (True, 0.0, 0.0)
@@ -186,10 +188,10 @@ class WaitingRoom:
             node = self._nodes.find(view.node_id)
             assert node is not None
             share = node.light_share()
-            if view.node_id == creator_id and share < 1.0 and strategy.kind == "default":
+            if stays_home and share < 1.0 and view.node_id == creator_id:
                 return Node(view.node_id)
             # A GPU is for those who need one; ties fall by lot.
-            rank = ("GPU" not in need and bool(view.total.get("GPU")), share, self._rng.random())
+            rank = (avoids_gpus and bool(view.total.get("GPU")), share, self._rng.random())
             if best is None or rank < best_share:
                 best, best_share = node, rank
         return Node(best.node_id) if best is not None else None

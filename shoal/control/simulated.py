@@ -259,9 +259,9 @@ class SimCluster:
         self.deliver_from(agent)
         return agent
 
-    def add_quiet_node(self, cpus: float = 4, **resources: float) -> SimAgent:
+    def add_quiet_node(self, cpus: float = 4) -> SimAgent:
         """As `add_node`, without telling it of its neighbours: what is quadratic in nodes is not what is measured."""
-        agent = self.add_node(cpus, **resources)
+        agent = self.add_node(cpus)
         for other in self.agents.values():
             other.from_control.clear()
         return agent

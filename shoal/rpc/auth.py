@@ -45,6 +45,7 @@ class ClientHandshake:
         self._token = token
         self._hello = Hello(PROTOCOL_VERSION, __version__, os.urandom(16), target, name)
         self.done = False
+        self.proved = False  # our proof is on its way: what follows it is read once it was checked
         self.peer_name = ""
 
     def start(self) -> bytes:
@@ -63,6 +64,7 @@ class ClientHandshake:
                         "the cluster's token is not the one given here; "
                         "set SHOAL_TOKEN or SHOAL_TOKEN_FILE to the token of the head node"
                     )
+                self.proved = True
                 return join_frame([encode_message(Proof(_proof(self._token, b"client", self._hello, message.nonce)))])
             case Welcome():
                 self.done = True

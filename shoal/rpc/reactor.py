@@ -417,6 +417,8 @@ class Channel:
             return False
         if answer:
             self._unsent = memoryview(answer if self._unsent is None else bytes(self._unsent) + answer)
+            if isinstance(handshake, ClientHandshake) and handshake.proved:
+                self.open = True  # the first messages need not wait for the welcome
             self.flush()
         if isinstance(handshake, ServerHandshake) and handshake.refused is not None:
             self.close(AuthenticationError(handshake.refused.text))

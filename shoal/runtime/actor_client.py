@@ -135,7 +135,7 @@ class Client:
         self._retry_or_fail()
         address = WorkerAddress(info.worker_id, info.node_id, info.address, info.socket_path, info.pid)
         self._link = self._runtime.link_to(address)
-        self._link.sink = self
+        self._link.use_for(self)
         self.pump()
 
     def _lose_link(self) -> None:

@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 SHORT_S: Final = 0.0005
 """A call expected to take less than this may run before the results of its predecessors have left."""
 HOLD_BACK_S: Final = 0.001
+MAX_FUNCTIONS: Final = 1000
 STUCK_S: Final = 0.01
 """A call that runs longer hands back those queued behind it; looked for this often while any are queued."""
 
@@ -132,6 +133,7 @@ class Executor:
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._current = threading.local()
         self._main: Call | None = None  # what the main thread runs
+        self._functions: dict[bytes, Callable[..., Any]] = {}  # by code: many callers may send the same
         self._watching = False
         self._flushed_at = 0.0
         self._devices: dict[str, list[int]] = {}
@@ -336,9 +338,15 @@ class Executor:
             assert self.actor is not None
             target.function = self.actor.method(template.method)
         else:
-            target.function = deserialize(template.code)
-        function: Callable[..., Any] = target.function
-        return function
+            function = self._functions.get(template.code)
+            if function is None:
+                function = deserialize(template.code)
+                self._functions[template.code] = function
+                if len(self._functions) > MAX_FUNCTIONS:
+                    del self._functions[next(iter(self._functions))]
+            target.function = function
+        assert target.function is not None
+        return target.function
 
     def _measure(self, target: _Callable, channel: Channel, seconds: float) -> None:
         """Smooth the pace of this function, quick to notice that it became slow."""

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 BUDGET_S: Final = 0.004
 MAX_AHEAD: Final = 1000
 IDLE_S: Final = 0.1
+GENEROUS_S: Final = 1.0
+"""After somebody was starved, idle leases go back at once for so long."""
 VERDICT_S: Final = 2.0
 """How long the owner of a lost connection waits for the agent to say how the worker ended."""
 
@@ -57,7 +59,7 @@ class AgentLink:
 class Lease:
     """One worker, lent to one class."""
 
-    __slots__ = ("agent", "broken", "cls", "idle_timer", "lease_id", "link", "load_s", "verdict_timer")
+    __slots__ = ("__weakref__", "agent", "broken", "cls", "idle_timer", "lease_id", "link", "load_s", "verdict_timer", "yielding")
 
     def __init__(self, cls: SchedulingClass, agent: AgentLink, lease_id: int, link: WorkerLink) -> None:
         self.cls = cls
@@ -68,6 +70,11 @@ class Lease:
         self.idle_timer: Timer | None = None
         self.verdict_timer: Timer | None = None
         self.broken = ""
+        self.yielding = False  # others wait for it: nothing more is sent, and it goes back when it has run dry
+
+    @property
+    def takes_calls(self) -> bool:
+        return not self.broken and not self.yielding
 
     def run_ended(self, run: TaskRun) -> None:
         self.load_s -= run.bound.pace_s or 0.0
@@ -124,13 +131,18 @@ class SchedulingClass:
         if self.queue:
             self._fill()
         self._demand()
+        given_up: list[Lease] = []
         for lease in self.leases:
             if not lease.link.running and not lease.broken:
-                if lease.idle_timer is None and not self.queue:
+                if lease.yielding or (not self.queue and self.tasks.wanted_by_others):
+                    given_up.append(lease)
+                elif lease.idle_timer is None and not self.queue:
                     lease.idle_timer = self.tasks.runtime.reactor.call_later(IDLE_S, lambda le=lease: self._return(le))  # type: ignore[misc]
             elif lease.idle_timer is not None:
                 lease.idle_timer.cancel()
                 lease.idle_timer = None
+        for lease in given_up:
+            self._return(lease)
 
     def _fill(self) -> None:
         """Deal the queue out: every lease gets one call before any gets a second one ahead."""
@@ -138,9 +150,9 @@ class SchedulingClass:
         for lease in self.leases:
             if not queue:
                 return
-            if not lease.link.running and not lease.broken:
+            if not lease.link.running and lease.takes_calls:
                 self._send(lease, queue.popleft())
-        open_leases = [lease for lease in self.leases if not lease.broken]
+        open_leases = [lease for lease in self.leases if lease.takes_calls]
         if not open_leases:
             return
         share = max(1, math.ceil(len(queue) / len(open_leases)))  # so that one worker does not get what two could run
@@ -163,7 +175,7 @@ class SchedulingClass:
 
     def _wanted(self) -> int:
         """Leases this class could use now, those it has included."""
-        busy = sum(1 for lease in self.leases if lease.link.running and not lease.broken)
+        busy = sum(1 for lease in self.leases if lease.link.running and lease.takes_calls)
         queued = len(self.queue)
         if queued:
             pace = self.queue[0].bound.pace_s
@@ -201,7 +213,7 @@ class SchedulingClass:
         self.reason = None
         link = self.tasks.runtime.link_to(message.worker)
         lease = Lease(self, agent, message.lease_id, link)
-        link.sink = lease
+        link.use_for(lease)
         self.leases.append(lease)
         self.tasks.leases[agent, message.lease_id] = lease
         self.pump_soon()
@@ -221,22 +233,25 @@ class SchedulingClass:
         if lease.link.running or lease.broken or lease not in self.leases:
             return
         self._drop(lease)
+        if lease.agent is not self.tasks.local and lease.agent in self.elsewhere:
+            self.elsewhere[lease.agent] = max(0, self.elsewhere[lease.agent] - 1)
         self._demand()
         lease.agent.channel.send(ReturnLease(lease.lease_id))
 
-    def return_idle(self) -> None:
-        """Others wait for what idle leases hold."""
+    def yield_leases(self) -> None:
+        """Others wait for what this class holds: idle leases go back now, busy ones when they have run dry.
+
+        A class with more to do asks again in the same breath and takes its turn in the line of those who wait.
+        """
         for lease in list(self.leases):
-            if not self.queue and not lease.link.running:
-                if lease.idle_timer is not None:
-                    lease.idle_timer.cancel()
-                self._return(lease)
+            lease.yielding = True
+        self.pump_soon()
 
     def _drop(self, lease: Lease) -> None:
         self.leases.remove(lease)
         self.tasks.leases.pop((lease.agent, lease.lease_id), None)
         if lease.link.sink is lease:
-            lease.link.sink = None
+            lease.link.use_for(None)
         if lease.idle_timer is not None:
             lease.idle_timer.cancel()
         if lease.verdict_timer is not None:
@@ -272,6 +287,8 @@ class TaskManager:
         self._classes: dict[bytes, SchedulingClass] = {}
         self._by_id: list[SchedulingClass] = []
         self._agents: dict[bytes, AgentLink] = {}
+        self.wanted_by_others = False
+        self._generous: Timer | None = None
 
     def submit(self, run: TaskRun) -> None:
         """The arguments are ready: queue it."""
@@ -341,12 +358,24 @@ class TaskManager:
             case LeaseWaiting():
                 self._by_id[message.class_id].reason = message.reason
             case ReclaimLeases():
-                for cls in self._by_id:
-                    cls.return_idle()
+                self._yield_all()
             case LeaseLost():
                 lease = self.leases.get((agent, message.lease_id))
                 if lease is not None:
                     self.lose(lease, message.exit)
+
+    def _yield_all(self) -> None:
+        """Somebody is starved. For a while leases are not kept for calls that may come."""
+        for cls in self._by_id:
+            cls.yield_leases()
+        self.wanted_by_others = True
+        if self._generous is not None:
+            self._generous.cancel()
+        self._generous = self.runtime.reactor.call_later(GENEROUS_S, self._not_generous)
+
+    def _not_generous(self) -> None:
+        self._generous = None
+        self.wanted_by_others = False
 
     def lose(self, lease: Lease, exit: WorkerExit) -> None:
         lease.cls.lost(lease, exit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.node.messages import WorkerAddress
@@ -30,7 +31,8 @@ class WorkerLink:
     def __init__(self, runtime: CoreRuntime, address: WorkerAddress, sink: Sink | None) -> None:
         self.runtime = runtime
         self.address = address
-        self.sink = sink
+        self._sink: weakref.ref[Sink] | None = None
+        self.use_for(sink)
         self.running: dict[int, TaskRun] = {}
         self._templates: dict[tuple[int, int], int] = {}
         self._bounds: list[Bound] = []  # by template id; also keeps `id(bound)` from being used again
@@ -41,6 +43,17 @@ class WorkerLink:
             where, target = address.node_address, f"worker:{address.worker_id.hex()}"
         self.channel.connect(where, runtime.token, target, runtime.name)
         self.channel.send(Introduce(runtime.worker_id, runtime.job_id, runtime.node_id))
+
+    @property
+    def sink(self) -> Sink | None:
+        return self._sink() if self._sink is not None else None
+
+    def use_for(self, sink: Sink | None) -> None:
+        """Whom to tell. Held weakly: an actor's last client must not be kept by its own connection."""
+        self._sink = weakref.ref(sink, self._sink_gone) if sink is not None else None
+
+    def _sink_gone(self, gone: weakref.ref[Sink]) -> None:
+        self.runtime.reactor.call_soon(lambda: self.close() if self._sink is gone else None)
 
     @property
     def closed(self) -> bool:
@@ -69,30 +82,30 @@ class WorkerLink:
             run = self.running.pop(message.counter, None)
             if run is not None:
                 self.runtime.finish_inline(run, message.payload)
-                if self.sink is not None:
-                    self.sink.run_ended(run)
+                if (sink := self.sink) is not None:
+                    sink.run_ended(run)
         elif kind is Ended:
             run = self.running.pop(message.counter, None)
             if run is not None:
                 self.runtime.finish(run, message.results)
                 if message.handover:
                     self.runtime.after_uses(lambda: self.channel.send(Taken(message.counter)))
-                if self.sink is not None:
-                    self.sink.run_ended(run)
+                if (sink := self.sink) is not None:
+                    sink.run_ended(run)
         elif kind is Pace:
             self._bounds[message.template_id].pace_s = message.seconds
         elif kind is HandedBack:
             runs = [run for counter in message.counters if (run := self.running.pop(counter, None)) is not None]
-            if self.sink is not None:
-                self.sink.handed_back(runs)
+            if (sink := self.sink) is not None:
+                sink.handed_back(runs)
 
     def _closed(self, _channel: Channel, reason: Exception) -> None:
         self.runtime.forget_link(self)
-        if self.sink is not None:
-            self.sink.link_closed(self, reason)
+        if (sink := self.sink) is not None:
+            sink.link_closed(self, reason)
 
     def close(self) -> None:
-        self.sink = None
+        self.use_for(None)
         self.channel.close()
 
 

@@ -51,7 +51,9 @@ class World:
     def happen(self, what: str, lot: random.Random) -> None:
         cluster = self.cluster
         for agent in list(cluster.agents.values()):
-            if cluster.state._nodes.at(agent.peer) is None:  # given up by control, because nothing was delivered for long
+            if (
+                cluster.state._nodes.at(agent.peer) is None
+            ):  # given up by control, because nothing was delivered for long
                 self.forget(agent)
                 cluster.kill_node(agent)
         agents = list(cluster.agents.values())
@@ -146,7 +148,9 @@ class World:
         cluster = self.cluster
         cluster.state.check_invariants()
         listed = cluster.tool(ListActors(rid=1))[0].actors  # type: ignore[attr-defined]
-        places = {actor.actor_id: (actor.node_id, actor.incarnation, actor.worker_id) for actor in listed if actor.node_id}
+        places = {
+            actor.actor_id: (actor.node_id, actor.incarnation, actor.worker_id) for actor in listed if actor.node_id
+        }
         assert places == {
             actor_id: (agent.node_id, incarnation, agent.workers[actor_id])
             for agent in cluster.agents.values()
