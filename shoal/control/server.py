@@ -12,6 +12,7 @@ state is between two states.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -31,6 +32,9 @@ __all__ = ["ControlServer", "ControlSettings", "run_control"]
 logger = logging.getLogger(__name__)
 
 CLUSTER_ID_BYTES = 16
+GC_THRESHOLDS = (50_000, 20, 100)
+"""The tables are large, long-lived and without cycles: at Python's own thresholds, walking them again and again to find
+nothing costs as much as all decisions together when many actors are created."""
 
 
 class ControlServer:
@@ -145,6 +149,8 @@ def run_control(token: bytes, unix_path: str, settings: ControlSettings, on_read
         loop.add_signal_handler(signal.SIGTERM, stop.set)
         await ControlServer(token, settings).serve(unix_path, on_ready, stop)
 
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(main())

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _READ_BYTES = 1 << 18
 _READS_PER_ROUND = 16
 """So that one busy peer cannot keep the others waiting for long."""
+_CALLS_PER_ROUND = 10_000
 _HANDSHAKE_TIMEOUT_S = 10.0
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 
@@ -126,7 +127,9 @@ class Reactor:
                 handler = io.get(fd)
                 if handler is not None:
                     self._guard(handler, mask)
-            for _ in range(len(calls)):
+            for _ in range(_CALLS_PER_ROUND):  # those that these add are part of this round, within reason
+                if not calls:
+                    break
                 call, args = calls.popleft()
                 self._guard(call, *args)
             if self._timers:

@@ -4,13 +4,15 @@ Calls are grouped by what they need of a worker (`LeaseSpec`). A class tells age
 and calls go straight to leased workers. How many are sent ahead to one worker adapts: one until the function's pace is
 known, then as many as keep the worker busy for `BUDGET_S`, so a worker never waits for its owner, and never holds a
 long queue that others could run. What a worker cannot start soon it hands back.
-Leases are used again while there is work and returned `IDLE_S` after there is none, or at once when others wait.
+Leases are used again while there is work and returned `IDLE_S` to twice that after there is none, or at once when others
+wait.
 """
 
 from __future__ import annotations
 
 import collections
 import math
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from shoal.node.messages import (
@@ -59,7 +61,7 @@ class AgentLink:
 class Lease:
     """One worker, lent to one class."""
 
-    __slots__ = ("__weakref__", "agent", "broken", "cls", "idle_timer", "lease_id", "link", "load_s", "verdict_timer", "yielding")
+    __slots__ = ("__weakref__", "agent", "broken", "cls", "idle_since", "lease_id", "link", "load_s", "verdict_timer", "yielding")
 
     def __init__(self, cls: SchedulingClass, agent: AgentLink, lease_id: int, link: WorkerLink) -> None:
         self.cls = cls
@@ -67,7 +69,7 @@ class Lease:
         self.lease_id = lease_id
         self.link = link
         self.load_s = 0.0  # expected duration of what runs there
-        self.idle_timer: Timer | None = None
+        self.idle_since = 0.0  # on the monotonic clock; 0.0 while it works
         self.verdict_timer: Timer | None = None
         self.broken = ""
         self.yielding = False  # others wait for it: nothing more is sent, and it goes back when it has run dry
@@ -131,18 +133,26 @@ class SchedulingClass:
         if self.queue:
             self._fill()
         self._demand()
-        given_up: list[Lease] = []
-        for lease in self.leases:
-            if not lease.link.running and not lease.broken:
-                if lease.yielding or (not self.queue and self.tasks.wanted_by_others):
-                    given_up.append(lease)
-                elif lease.idle_timer is None and not self.queue:
-                    lease.idle_timer = self.tasks.runtime.reactor.call_later(IDLE_S, lambda le=lease: self._return(le))  # type: ignore[misc]
-            elif lease.idle_timer is not None:
-                lease.idle_timer.cancel()
-                lease.idle_timer = None
-        for lease in given_up:
-            self._return(lease)
+        self._look_for_idle()
+
+    def _look_for_idle(self) -> None:
+        """Give back at once what others wait for, and note since when the rest is idle."""
+        tasks = self.tasks
+        for lease in tuple(self.leases):
+            if lease.link.running or lease.broken:
+                lease.idle_since = 0.0
+            elif lease.yielding or (tasks.wanted_by_others and not self.queue):
+                self._return(lease)
+            elif not lease.idle_since:
+                lease.idle_since = time.monotonic()
+                tasks.sweep_later()
+
+    def return_idle(self, since: float) -> bool:
+        """Give back leases that have been idle since before `since`; True while others are idle for less."""
+        for lease in tuple(self.leases):
+            if lease.idle_since and lease.idle_since <= since and not lease.link.running and not self.queue:
+                self._return(lease)
+        return any(lease.idle_since for lease in self.leases)
 
     def _fill(self) -> None:
         """Deal the queue out: every lease gets one call before any gets a second one ahead."""
@@ -174,16 +184,17 @@ class SchedulingClass:
     # ---------------------------------------------------------------------------------------------- demand
 
     def _wanted(self) -> int:
-        """Leases this class could use now, those it has included."""
-        busy = sum(1 for lease in self.leases if lease.link.running and lease.takes_calls)
+        """Leases this class could use now, those it has included (idle ones too, while it keeps them)."""
         queued = len(self.queue)
-        if queued:
+        if not queued:
+            self.held_up = False
+        else:
             pace = self.queue[0].bound.pace_s
             if pace is not None and not self.held_up:
                 queued = min(queued, max(1, math.ceil(queued * pace / BUDGET_S)))
-        else:
-            self.held_up = False
-        return busy + queued
+        if not self.leases:
+            return queued
+        return queued + sum(1 for lease in self.leases if lease.takes_calls)
 
     def _demand(self) -> None:
         wanted = max(0, self._wanted() - sum(self.elsewhere.values()))
@@ -229,7 +240,6 @@ class SchedulingClass:
         self._tell(other, self.elsewhere[other])
 
     def _return(self, lease: Lease) -> None:
-        lease.idle_timer = None
         if lease.link.running or lease.broken or lease not in self.leases:
             return
         self._drop(lease)
@@ -252,8 +262,6 @@ class SchedulingClass:
         self.tasks.leases.pop((lease.agent, lease.lease_id), None)
         if lease.link.sink is lease:
             lease.link.use_for(None)
-        if lease.idle_timer is not None:
-            lease.idle_timer.cancel()
         if lease.verdict_timer is not None:
             lease.verdict_timer.cancel()
 
@@ -287,6 +295,7 @@ class TaskManager:
         self._classes: dict[bytes, SchedulingClass] = {}
         self._by_id: list[SchedulingClass] = []
         self._agents: dict[bytes, AgentLink] = {}
+        self._sweeping = False
         self.wanted_by_others = False
         self._generous: Timer | None = None
 
@@ -372,6 +381,21 @@ class TaskManager:
         if self._generous is not None:
             self._generous.cancel()
         self._generous = self.runtime.reactor.call_later(GENEROUS_S, self._not_generous)
+
+    def sweep_later(self) -> None:
+        """Some lease is idle: see to it that it goes back in time."""
+        if not self._sweeping:
+            self._sweeping = True
+            self.runtime.reactor.call_later(IDLE_S, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeping = False
+        since = time.monotonic() - IDLE_S
+        left = False
+        for cls in {lease.cls for lease in self.leases.values()}:
+            left = cls.return_idle(since) or left
+        if left:
+            self.sweep_later()
 
     def _not_generous(self) -> None:
         self._generous = None
