@@ -45,11 +45,15 @@ def _descends(pid: int, parents: dict[int, int], marked: set[int]) -> bool:
 
 
 def end_all(run: str, patience_s: float = 5.0) -> list[int]:
-    """End what is left of `run`; returns the ids that had to be ended. Looks again until nothing appears any more."""
+    """End what is left of `run`; returns the ids that had to be ended. Looks again until nothing appears any more.
+
+    Python's resource trackers come last: they end by themselves when the others have, and remove their semaphores.
+    """
     ended: set[int] = set()
-    deadline = time.monotonic() + patience_s
-    while (left := processes_of(run)) and time.monotonic() < deadline:
-        for pid in left:
+    begin = time.monotonic()
+    while (left := processes_of(run)) and time.monotonic() < begin + patience_s:
+        trackers = [] if time.monotonic() > begin + patience_s / 2 else [pid for pid in left if _is_tracker(pid)]
+        for pid in set(left).difference(trackers):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -57,3 +61,10 @@ def end_all(run: str, patience_s: float = 5.0) -> list[int]:
             ended.add(pid)
         time.sleep(0.05)
     return sorted(ended)
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False  # ended meanwhile

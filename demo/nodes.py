@@ -75,6 +75,8 @@ class LocalNodes:
                 raise LeftoverError("\n".join([stopped.stderr.strip(), *leftovers]).strip()) from error
             if not any(path.is_file() for path in self.folder.rglob("*")):
                 shutil.rmtree(self.folder)  # it ended before anything started: there are no logs
+            elif error is not None:
+                print(f"stopped; the logs are in {self.folder}", file=sys.stderr)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

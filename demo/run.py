@@ -122,9 +122,11 @@ def run_on_cluster(corpus: Corpus, console: Console) -> Outcome:
     begin = time.perf_counter()
     shards = [IndexShard.remote() for _ in range(SHARDS)]
     shared = shoal.put(corpus)
-    adding, reports = [], []
+    adding: list[shoal.ObjectRef[None]] = []
+    reports: list[shoal.ObjectRef[BatchReport]] = []
     for documents in corpus.cut(BATCHES):
-        *postings, report = index_batch.remote(shared, documents)
+        results: Any = index_batch.remote(shared, documents)  # a list of references, as num_returns says
+        *postings, report = results
         # The postings travel from the task's node to the shard's node; this process only passes their names on.
         adding += [shard.add.remote(part) for shard, part in zip(shards, postings, strict=True)]
         reports.append(report)
@@ -287,6 +289,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; everything is stopped")
+        sys.exit("interrupted; everything is stopped, and nothing but logs is left")
     except (CommandError, LeftoverError, AssertionError) as error:
         sys.exit(f"the demo failed: {error}")

@@ -17,6 +17,8 @@ import hmac
 import os
 from collections.abc import Callable
 
+import msgspec
+
 from shoal.exceptions import AuthenticationError, ShoalError
 from shoal.rpc.frames import encode_message, join_frame, make_decoder
 from shoal.rpc.messages import PROTOCOL_VERSION, Challenge, Hello, Message, Proof, Refused, Welcome
@@ -27,8 +29,14 @@ handshake_decoder = make_decoder(Hello | Challenge | Proof | Refused | Welcome)
 Admit = Callable[[Hello], Refused | None]
 
 
+_encode_facts = msgspec.msgpack.Encoder().encode
+
+
 def _proof(token: bytes, role: bytes, hello: Hello, server_nonce: bytes) -> bytes:
-    return hmac.digest(token, role + b"|" + server_nonce + b"|" + encode_message(hello), "sha256")
+    # Exactly these facts, each with its length, and not the Hello as it was sent: a neighbouring version may add a field
+    # to it that this one does not see.
+    facts = (role, server_nonce, hello.protocol, hello.version, hello.nonce, hello.target, hello.name)
+    return hmac.digest(token, _encode_facts(facts), "sha256")
 
 
 def _check_protocol(mine: int, theirs: int, their_version: str) -> str | None:

@@ -19,11 +19,20 @@ _ARRAY = struct.Struct(">BI")  # msgpack "array 32": the count follows big-endia
 _ARRAY_TAG = 0xDD
 _OVERHEAD = _ARRAY.size
 
+MAX_MESSAGE_BYTES = MAX_FRAME_BYTES - _OVERHEAD
+"""A message that fills a frame of its own. Who sends a longer one is told at once, before it reaches a connection."""
+
 encode_message = msgspec.msgpack.Encoder().encode
 
 
 class FrameError(Exception):
-    """The peer sent something that is not a frame of ours; the connection must be closed."""
+    """The peer sent something that is not a frame of ours (the connection must be closed), or a message is too long."""
+
+
+def check_size(message: bytes) -> None:
+    """Raises FrameError when an encoded message fits no frame."""
+    if len(message) > MAX_MESSAGE_BYTES:
+        raise FrameError(f"a message of {len(message)} bytes is larger than the limit of {MAX_MESSAGE_BYTES}")
 
 
 def join_frame(messages: Sequence[bytes]) -> bytes:

@@ -11,7 +11,7 @@ import socket
 import struct
 
 from shoal.exceptions import ShoalError
-from shoal.rpc.auth import Admit, ClientHandshake, ServerHandshake, handshake_decoder
+from shoal.rpc.auth import ClientHandshake, handshake_decoder
 from shoal.rpc.frames import FrameError, FrameReader, encode_message, join_frame
 from shoal.rpc.messages import MAX_HANDSHAKE_BYTES, Hello, Message
 
@@ -88,20 +88,11 @@ def listen_tcp(host: str, port: int) -> socket.socket:
 
 
 def open_socket(address: str, timeout_s: float) -> socket.socket:
-    """A connected blocking socket. Unix sockets connect at once; TCP takes up to `timeout_s`.
+    """A connected TCP socket that blocks for up to `timeout_s` at a time.
 
     Raises:
         OSError: nobody answers there.
     """
-    if address.startswith("unix:"):
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(timeout_s)
-        try:
-            sock.connect(address[5:])
-        except OSError:
-            sock.close()
-            raise
-        return sock
     return socket.create_connection(split_address(address), timeout=timeout_s)
 
 
@@ -145,35 +136,22 @@ def shake_hands(sock: socket.socket, token: bytes, target: str, name: str) -> st
     return handshake.peer_name
 
 
-def welcome(sock: socket.socket, token: bytes, name: str, admit: Admit) -> Hello | None:
-    """The server's side, blocking with the socket's timeout. Returns the client's Hello, or None after refusing it."""
-    handshake = ServerHandshake(token, name, admit)
-    while not handshake.done and handshake.refused is None:
-        sock.sendall(handshake.receive(read_handshake_message(sock)))
-    return handshake.hello if handshake.done else None
-
-
 # ------------------------------------------------------------------------------------------- handing a socket on
 
 
-def hand_over(sock: socket.socket, path: str, token: bytes, hello: Hello, timeout_s: float = 5.0) -> None:
-    """Pass the authenticated connection `sock` to the process that listens at Unix socket `path`; closes it here.
-
-    Raises:
-        OSError: that process is gone.
-    """
-    with sock, open_socket(f"unix:{path}", timeout_s) as carrier:
-        shake_hands(carrier, token, HANDOFF, hello.name)
-        socket.send_fds(carrier, [join_frame([encode_message(hello)])], [sock.fileno()])
+def send_handed_over(carrier: socket.socket, sock: socket.socket, hello: Hello) -> None:
+    """Send `sock` over an authenticated connection to its new owner. Raises OSError: that process is gone."""
+    socket.send_fds(carrier, [join_frame([encode_message(hello)])], [sock.fileno()])
 
 
 def receive_handed_over(carrier: socket.socket) -> tuple[socket.socket, Hello]:
-    """The other end of `hand_over`, after the carrier was authenticated; blocking with its timeout.
+    """The other end of `send_handed_over`; blocking with the timeout of `carrier`.
 
     Raises:
         FrameError, OSError: no socket came.
     """
-    data, fds, _, _ = socket.recv_fds(carrier, MAX_HANDSHAKE_BYTES, 1)
+    # Without the flag, programs that user code starts would hold the connection open after this process has ended.
+    data, fds, _, _ = socket.recv_fds(carrier, MAX_HANDSHAKE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
     if not fds:
         raise FrameError("a handoff connection carried no socket")
     sock = socket.socket(fileno=fds[0])

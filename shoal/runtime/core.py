@@ -448,6 +448,8 @@ class CoreRuntime:
                 continue
             if client is None:
                 self.tasks.submit(run)
+            elif run.dependencies is not None:
+                client.pump()  # they were ready already: nothing else would send the call
 
     def settle_dependencies(self, run: TaskRun) -> bool:
         """True when all are ready; otherwise `arguments_ready(run)` is called when they are."""
