@@ -3,9 +3,7 @@
 `init` checks what the user said, writes it into an `InitRequest`, and leaves the rest to `bootstrap.connect`. It
 touches nothing that belongs to the program: no signal handler, no warning filter, no environment variable.
 
-A process that was forked by user code inherits the slot but not the threads behind it, and its parent still uses the
-sockets. So the child starts with an empty slot and may `init()` for itself, while the inherited runtime is kept
-untouched until the child ends: letting it be collected would close and unregister what the two share.
+What `init()` began it finishes or undoes: a Ctrl-C in the middle leaves no half-made connection and no cluster behind.
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ LEAST_STORE_BYTES: Final = 75 * 1024 * 1024
 
 # One thread at a time connects or disconnects; re-entrant, because connecting may import user code that calls us.
 _lock = threading.RLock()
-_inherited: Final[list[Runtime]] = []
 _exit_hook_set = False
 
 
@@ -169,11 +166,19 @@ def init(
                     "or pass ignore_reinit_error=True"
                 )
             return _describe(slot.current)
-        return _describe(_connect(request))
+        made: list[Runtime] = []
+        try:
+            _connect(request, made)
+            return _describe(made[0])
+        except BaseException:
+            slot.current = None
+            for runtime in made:
+                runtime.shutdown()
+            raise
 
 
-def _connect(request: InitRequest) -> Runtime:
-    """Fill the slot. The caller holds the lock and has seen it empty."""
+def _connect(request: InitRequest, made: list[Runtime]) -> None:
+    """Fill the slot. The caller holds the lock, has seen it empty, and ends what is in `made` when this raises."""
     global _exit_hook_set
     from shoal.runtime.bootstrap import connect
 
@@ -181,8 +186,7 @@ def _connect(request: InitRequest) -> Runtime:
         # Before connecting: hooks run last in, first out, so that those of the runtime's parts run before this one.
         atexit.register(shutdown)
         _exit_hook_set = True
-    slot.current = runtime = connect(request)
-    return runtime
+    slot.current = connect(request, made.append)
 
 
 def connect_if_needed() -> Runtime:
@@ -247,9 +251,6 @@ def _describe(runtime: Runtime) -> ClusterContext:
 def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.RLock()  # a thread that is not here may have held it
-    if slot.current is not None:
-        _inherited.append(slot.current)
-        slot.current = None
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

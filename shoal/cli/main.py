@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -164,10 +164,19 @@ def status(
     face.show(address or os.environ.get("SHOAL_ADDRESS") or None, temp_dir, verbose=verbose, as_json=as_json)
 
 
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""Of the click that typer brings along under a private name."""
+
+
 def main() -> None:
     """Entry point of the `shoal` command."""
     try:
-        app()
+        code = app(standalone_mode=False)  # else a wrong option is a box of six lines
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        sys.exit(code)
+    except _UsageError as exc:
+        _explain(exc)
+        sys.exit(2)
     except (ShoalError, SessionError) as exc:
         print(f"shoal: {exc}", file=sys.stderr)
         sys.exit(1)
@@ -176,6 +185,15 @@ def main() -> None:
     except BrokenPipeError:  # `shoal status | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
+
+
+def _explain(exc: Any) -> None:
+    """Print a mistake in the command line as one line."""
+    text = " ".join(exc.format_message().split())
+    if not text:  # nothing was asked for, and the help has been shown
+        return
+    where = exc.ctx.command_path if exc.ctx is not None else "shoal"
+    print(f"shoal: {text.rstrip('.')}; see: {where} --help", file=sys.stderr)
 
 
 if __name__ == "__main__":

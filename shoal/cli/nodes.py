@@ -103,7 +103,7 @@ def next_steps(node: RunningNode, options: NodeOptions, *, block: bool) -> str:
         f"  SHOAL_TOKEN_FILE={token} shoal start --address={record.address}",
         "Connect from Python:",
         "  import shoal",
-        f'  shoal.init("{record.address}")    # on this machine shoal.init() finds it; elsewhere set SHOAL_TOKEN_FILE',
+        f'  shoal.init("{record.address}")    # on any machine with a node of the cluster; here shoal.init() finds it',
         "See what it does, and stop it:",
         "  shoal status" + (f" --temp-dir {shlex.quote(options.temp_dir)}" if options.temp_dir else ""),
         f"  {stop_command}",

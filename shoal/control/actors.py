@@ -50,11 +50,12 @@ STOPPING, RESTARTING, REVIVING, DEAD = ActorState.STOPPING, ActorState.RESTARTIN
 
 
 class Placed(msgspec.Struct, frozen=True):
-    """Control chose a node and sends StartActor."""
+    """Control chose a node and sends StartActor. `stands`: the node is busy, and the actor stands in line there."""
 
     node_id: bytes
     address: str
     hostname: str = ""
+    stands: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -155,12 +156,13 @@ class ActorRecord:
         since: the loop's clock at the last step.
         reason: why it has no worker yet.
         quick_falls: how often in a row it ended right after its start.
+        unready: its constructor's arguments are on their way; it is in no line until then.
     """
 
     __slots__ = (
         "actor_id", "address", "cause", "error", "hostname", "incarnation", "job_id", "kind",
         "node_id", "owner", "pid", "quick_falls", "reason", "restarts", "since", "socket_path", "spec",
-        "state", "story", "worker_id",
+        "state", "story", "unready", "worker_id",
     )  # fmt: skip
 
     def __init__(self, spec: ActorSpec, owner: Origin, now: float) -> None:
@@ -183,6 +185,7 @@ class ActorRecord:
         self.error = b""
         self.reason: WaitReason | None = None
         self.quick_falls = 0
+        self.unready = False
         self.story: deque[tuple[float, str, str]] = deque(maxlen=STORY_STEPS)
 
     def can(self, event: type[Event]) -> bool:
@@ -211,7 +214,9 @@ class ActorRecord:
         if isinstance(event, Placed):
             self.incarnation += 1
             self.node_id, self.address, self.hostname = event.node_id, event.address, event.hostname
-            self.reason = WaitReason("worker_starting", f"its worker is starting on {event.hostname or event.address}")
+            if not event.stands:  # else what it waits for is still true
+                where = event.hostname or event.address
+                self.reason = WaitReason("worker_starting", f"its worker is starting on {where}")
         elif isinstance(event, Started):
             self.worker_id, self.socket_path, self.pid = event.worker_id, event.socket_path, event.pid
             self.reason = None
@@ -268,6 +273,7 @@ class ActorRecord:
             reason=self.reason,
             resources=spec.resources,
             handle=spec.handle,
+            max_concurrency=spec.max_concurrency,
         )
 
     def describe(self) -> str:

@@ -48,11 +48,13 @@ from shoal.control.messages import (
     ActorsReply,
     ActorStarted,
     ActorUpdate,
+    ActorWaits,
     CreateActor,
     FindActor,
     KillActor,
     ListActors,
     Notice,
+    ProvideArguments,
     StartActor,
     StopActor,
     UnwatchActor,
@@ -75,6 +77,11 @@ INFINITY = float("inf")
 UNWANTED_ENDS = frozenset({"crashed", "node_died", "init_failed", "unschedulable"})
 QUICK_FALLS_FREE = 3
 """Starts that may fail at once before the next one waits."""
+STAND_AFTER_S = 0.5
+"""An actor that has waited for so long goes to stand in line at a busy node, and does so for `PATIENCE_S`. Then it is
+placed anew, since there may be room elsewhere by now."""
+PATIENCE_S, SHORT_PATIENCE_S = 10.0, 0.2
+"""The short one is for a node that seemed to have room: tasks may have taken it a moment ago, or just hold it idle."""
 FIRST_DELAY_S, MOST_DELAY_S = 0.1, 10.0
 """Waiting time in a crash loop: doubles from the first to the most."""
 
@@ -136,8 +143,26 @@ class ActorLives:
         job.actors.add(actor_id)
         if not spec.detached:
             self._processes.own(origin, actor_id)
-        self._enqueue(actor)
+        if request.unready:
+            actor.unready = True
+            actor.reason = WaitReason("arguments", "its constructor's arguments are not ready")
+        else:
+            self._enqueue(actor)
+        self._processes.watch(origin, actor_id)
         self._outbox.answer(origin, request, ActorReply(actor=actor.info()))
+
+    def provide(self, origin: Origin, job_id: bytes, message: ProvideArguments) -> None:
+        """An actor's constructor can have what it waited for, or never will."""
+        actor = self._actors.get(ActorId(message.actor_id))
+        if actor is None or not actor.unready:
+            return  # it was killed meanwhile, or shares another's name
+        actor.unready = False
+        if message.error:
+            self._step(actor, Ended("init_failed", message.text, message.error))
+        else:
+            actor.spec = msgspec.structs.replace(actor.spec, arguments=message.arguments)
+            actor.reason = None
+            self._enqueue(actor)
 
     def _answer_taken(self, origin: Origin, request: CreateActor, holder: ActorRecord) -> None:
         if request.get_if_exists:
@@ -254,6 +279,13 @@ class ActorLives:
         else:
             self._fall(actor, "crashed", message.text)
 
+    def waits(self, node: NodeRecord, message: ActorWaits) -> None:
+        """It has a place, but is in line there."""
+        actor = self._find_current(node, message.actor_id, message.incarnation)
+        if actor is not None and actor.state in STARTS and actor.reason != message.reason:
+            actor.reason = message.reason
+            self._push(actor)
+
     def gone(self, node: NodeRecord, message: ActorGone) -> None:
         actor = self._find_current(node, message.actor_id, message.incarnation)
         if actor is None:
@@ -323,8 +355,13 @@ class ActorLives:
             node = self._nodes.find(node_id)
             if node is not None:
                 for line in self._room.lines():
-                    if line.open_to(node) and fits(line.need, node.free):
+                    if not line.open_to(node):
+                        continue
+                    if fits(line.need, node.free):
                         self._place(line, node)
+                    elif self._outbox.now - line.oldest()[1] >= STAND_AFTER_S and self._room.may_stand(line, node):
+                        where = Placed(node.node_id, node.info.address, node.info.hostname, stands=True)
+                        self._step(line.first(), where)
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -343,18 +380,21 @@ class ActorLives:
         node = self._nodes.find(actor.node_id) if actor.node_id else None
         was = actor.apply(event, now)
         if isinstance(event, Placed):
-            self._begin_start(actor)
+            self._begin_start(actor, stands=event.stands)
         elif isinstance(event, Started):
-            pass
+            self._room.leave(actor.actor_id)
         elif isinstance(event, Refused):
             self._leave_node(actor, node)
             return  # whoever steps here puts it back into its line, and tells
         elif isinstance(event, Recycled):
+            self._room.leave(actor.actor_id)
             self._stop(actor, node, graceful=False)
         elif isinstance(event, Retired):
+            self._room.leave(actor.actor_id)
             self._names.release(actor.spec.namespace, actor.spec.name, actor.actor_id)
             self._stop(actor, node, graceful=True)
         elif isinstance(event, Fell):
+            self._room.leave(actor.actor_id)
             self._leave_node(actor, node)
             logger.info("actor falls actor=%s restarts=%s cause=%s", actor.actor_id.hex(), actor.restarts, event.cause)
             quick = was in STARTS or (was is ALIVE and lived_s < self._settings.quick_fall_s)
@@ -371,14 +411,18 @@ class ActorLives:
             assert_never(event)
         self._push(actor)
 
-    def _begin_start(self, actor: ActorRecord) -> None:
+    def _begin_start(self, actor: ActorRecord, *, stands: bool) -> None:
         node = self._nodes.find(actor.node_id)
         assert node is not None
-        self._room.leave(actor.actor_id)
+        if stands:
+            self._room.stand(actor.actor_id, node.node_id)
+        else:
+            self._room.leave(actor.actor_id)
         self._nodes.place(node, actor.actor_id, actor.spec.resources)
         blob = self._keys.find(FUNCTIONS, actor.spec.class_id)
         assert blob is not None, "checked by _place"
-        self._outbox.send(node.peer, StartActor(actor.spec, actor.incarnation, blob, actor.restarts))
+        patience_s = PATIENCE_S if stands else SHORT_PATIENCE_S
+        self._outbox.send(node.peer, StartActor(actor.spec, actor.incarnation, blob, actor.restarts, patience_s))
 
     def _stop(self, actor: ActorRecord, node: NodeRecord | None, *, graceful: bool) -> None:
         if node is not None:
@@ -507,7 +551,7 @@ class ActorLives:
         for line in self._room.lines():
             if now >= line.notice_at:
                 assert line.reason is not None, "a line was looked at when it began"
-                self._notice(line, line.reason, now - line.oldest_since())
+                self._notice(line, line.reason, now - line.oldest()[1])
                 line.notices += 1
                 again_s = min(settings.notice_again_s * 2 ** (line.notices - 1), settings.notice_most_s)
                 line.notice_at = now + again_s
@@ -517,10 +561,10 @@ class ActorLives:
         job = self._jobs.find(JobId(line.spec.job_id))
         if job is None or not job.running:
             return
-        count, name = len(line.actors), line.spec.class_name
+        count, name = len(line), line.spec.class_name
         who = f"actor {name} has" if count == 1 else f"{count} actors {name} have"
         text = f"{who} been waiting for a place for {waited_s:.0f} s: {reason.text}"
-        key = f"actor-waits:{line.first().actor_id.hex()}:{line.notices}"
+        key = f"actor-waits:{line.oldest()[0].actor_id.hex()}:{line.notices}"
         self._outbox.tell(Origin(job.peer, job.info.driver_id), Notice(key, "warning", text))
 
     # ---------------------------------------------------------------------------------------------------- invariants
@@ -534,8 +578,9 @@ class ActorLives:
             assert actor.state is not DEAD
             assert actor_id not in self._dead
             waits = self._room.line_of(actor_id) is not None
-            assert (actor.state in WAITING) == (waits or (actor_id in held and actor.state in WAITING))
-            assert not waits or actor.reason is not None
+            assert (actor.state in WAITING) == (waits or actor.unready or (actor_id in held and actor.state in WAITING))
+            assert not (waits and actor.unready)
+            assert not (waits or actor.unready) or actor.reason is not None
             assert (actor.state in PLACED) == bool(actor.node_id)
             assert not (waits and actor.node_id)
             if actor.node_id:

@@ -77,6 +77,14 @@ class ActorSpec(msgspec.Struct, array_like=True, frozen=True):
     handle: bytes = b""  # opaque: what get_actor() needs to make a handle
     options: bytes = b""  # opaque: what the worker needs to run it (concurrency groups ...)
 
+    def needs(self) -> Amounts:
+        """What must be free to place it: what it asks for that, and what it will hold."""
+        needs = {name: amount for name, amount in self.placement.items() if amount}
+        for name, amount in self.resources.items():
+            if amount > needs.get(name, 0):
+                needs[name] = amount
+        return needs
+
 
 class ActorInfo(msgspec.Struct, array_like=True, frozen=True):
     """An actor's state as callers need it.
@@ -108,6 +116,7 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True):
     reason: WaitReason | None = None  # while pending or restarting
     resources: Amounts = {}
     handle: bytes = b""
+    max_concurrency: int = 1  # above 1, calls of one caller may overtake each other
 
 
 # ---------------------------------------------------------------------------------------- agent -> control, tags 100+
@@ -222,6 +231,20 @@ class PublishLogs(Message, frozen=True, tag=112):
     entries: list[LogLines]
 
 
+class ActorWaits(Message, frozen=True, tag=113):
+    """The actor is in line for resources of this node, which others took since control chose it."""
+
+    actor_id: bytes
+    incarnation: int
+    reason: WaitReason
+
+
+class LogsFlushed(Message, frozen=True, tag=118):
+    """`FlushNodeLogs` is done: all that had been printed by then has been published before this message."""
+
+    number: int
+
+
 # ---------------------------------------------------------------------------------------- control -> agent, tags 130+
 
 
@@ -232,12 +255,14 @@ class NodesChanged(Message, frozen=True, tag=130):
 
 
 class StartActor(Message, frozen=True, tag=131):
-    """Give this actor a worker. The agent answers with ActorStarted or ActorFailed."""
+    """Give this actor a worker. The agent answers with ActorStarted or ActorFailed. When others have taken the node's
+    resources, the actor stands in line with tasks for at most `patience_s` before it is refused."""
 
     spec: ActorSpec
     incarnation: int
     class_blob: bytes
     restarts: int = 0
+    patience_s: float = 0.0
 
 
 class StopActor(Message, frozen=True, tag=132):
@@ -254,6 +279,13 @@ class JobEnded(Message, frozen=True, tag=133):
     """End the job's workers, leases and objects on this node; detached actors stay."""
 
     job_id: bytes
+
+
+class FlushNodeLogs(Message, frozen=True, tag=138):
+    """Publish what workers of the job have printed so far, then say `LogsFlushed` with the number."""
+
+    job_id: bytes
+    number: int
 
 
 class RelayReply(Message, frozen=True, tag=134):
@@ -274,10 +306,11 @@ class StopNode(Message, frozen=True, tag=135):
 
 class CreateActor(Request, frozen=True, tag=150):
     """Answered by `ActorReply`; `Failed` kind "name_taken". With `get_if_exists` a taken name is answered with the
-    existing actor's info instead."""
+    existing actor's info instead. Who creates an actor watches it. With `unready` it waits for `ProvideArguments`."""
 
     spec: ActorSpec = msgspec.field(default_factory=lambda: ActorSpec(b"", b"", b"", b"", "", b"", b"", {}, {}))
     get_if_exists: bool = False
+    unready: bool = False
 
 
 class FindActor(Request, frozen=True, tag=151):
@@ -350,8 +383,22 @@ class ListActors(Request, frozen=True, tag=160):
     namespace: str = ""  # with named_only: "" = every namespace
 
 
+class FlushLogs(Request, frozen=True, tag=168):
+    """Of a driver that is about to leave. Answered by `Done` after all that its job's workers had printed by now."""
+
+
 class ListJobs(Request, frozen=True, tag=161):
     """Answered by `JobsReply`."""
+
+
+class ProvideArguments(Message, frozen=True, tag=162):
+    """What an `unready` actor waited for: `ActorSpec.arguments`; or it will never come, and `error` (an opaque pickled
+    exception) and `text` say why."""
+
+    actor_id: bytes
+    arguments: bytes = b""
+    error: bytes = b""
+    text: str = ""
 
 
 # -------------------------------------------------------------- control -> process or tool (ProcessReply), tags 180+
@@ -409,15 +456,15 @@ FUNCTIONS = "functions"
 
 AgentMessage = (
     RegisterNode | NodeReport | RegisterJob | GetJob | ProcessGone | ActorStarted | ActorFailed | ActorGone
-    | ActorOutOfScope | Relay | PublishLogs
+    | ActorOutOfScope | Relay | PublishLogs | ActorWaits | LogsFlushed
 )  # fmt: skip
 ProcessMessage = (
     CreateActor | FindActor | WatchActor | UnwatchActor | KillActor | PutKey | GetKey | DeleteKey | ListKeys
-    | GetStatus | ListActors | ListJobs
+    | GetStatus | ListActors | ListJobs | ProvideArguments | FlushLogs
 )  # fmt: skip
 ControlMessage = (
     Done | Failed | NodeRegistered | JobRegistered | NodesChanged | StartActor | StopActor | JobEnded | RelayReply
-    | StopNode
+    | StopNode | FlushNodeLogs
 )  # fmt: skip
 ProcessReply = (
     Done | Failed | ActorReply | ActorUpdate | KeyReply | StatusReply | ActorsReply | JobsReply | LogsArrived | Notice

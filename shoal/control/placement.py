@@ -6,7 +6,8 @@ actors, and a line has one reason, one row in `status` and one notice to its dri
 
 Choosing looks at a few nodes drawn at random and at all of them only when none of those will do: among thousands of
 nodes the best of ten is about as good as the best, at a hundredth of the cost. A line that found no place anywhere
-is tried again on the node that changed, and on that one only.
+is tried again on the node that changed, and on that one only. Tasks may keep nodes busy for as long as there are more
+of them, so the first of a line goes and stands in line with them at each node that could take it, one at each.
 
 An actor that holds nothing (the default: one CPU to be placed, none held) does not change what is free, so that the
 usual policy would pile all of them onto one node. Those stay with their creator while it has fewer of them than CPUs
@@ -22,7 +23,7 @@ from shoal.control.actors import ActorRecord
 from shoal.control.messages import ActorSpec
 from shoal.control.nodes import NodeRecord, NodeTable
 from shoal.objects.ids import ActorId
-from shoal.scheduling.policy import Busy, Choice, Infeasible, Node, choose_node, matches_labels
+from shoal.scheduling.policy import Busy, Choice, Infeasible, Node, can_ever_run, choose_node, matches_labels
 from shoal.scheduling.resources import fits
 from shoal.scheduling.views import Amounts, DemandReport, NodeView, WaitReason
 
@@ -32,19 +33,14 @@ DRAWN = 10
 LineKey = tuple[bytes, str, tuple[tuple[str, int], ...], bool, tuple[object, ...]]
 
 
-def needs_of(spec: ActorSpec) -> Amounts:
-    """What must be free to place it: what it asks for that, and what it will hold."""
-    need = {name: amount for name, amount in spec.placement.items() if amount}
-    for name, amount in spec.resources.items():
-        if amount > need.get(name, 0):
-            need[name] = amount
-    return need
-
-
 class Line:
-    """Actors that wait for the same thing. `since`: of each, the clock when it began to wait."""
+    """Actors that wait for the same thing, each with the clock when it began to wait.
 
-    __slots__ = ("actors", "key", "light", "need", "notice_at", "notices", "reason", "spec")
+    Attributes:
+        standing: those that stand in line at a busy node, with that node; they may be back.
+    """
+
+    __slots__ = ("actors", "key", "light", "need", "notice_at", "notices", "reason", "spec", "standing")
 
     def __init__(self, key: LineKey, spec: ActorSpec, need: Amounts, light: bool) -> None:
         self.key = key
@@ -52,15 +48,23 @@ class Line:
         self.need = need
         self.light = light
         self.actors: dict[ActorId, tuple[ActorRecord, float]] = {}
+        self.standing: dict[ActorId, tuple[ActorRecord, float, bytes]] = {}
         self.reason: WaitReason | None = None
         self.notice_at = float("inf")
         self.notices = 0
 
     def first(self) -> ActorRecord:
+        """The next to be placed."""
         return next(iter(self.actors.values()))[0]
 
-    def oldest_since(self) -> float:
-        return next(iter(self.actors.values()))[1]
+    def oldest(self) -> tuple[ActorRecord, float]:
+        """Who has waited longest, and since when."""
+        waiting = list(self.actors.values())[:1]
+        waiting += [(actor, since) for actor, since, _ in self.standing.values()]
+        return min(waiting, key=lambda entry: entry[1])
+
+    def __len__(self) -> int:
+        return len(self.actors) + len(self.standing)
 
     def open_to(self, node: NodeRecord) -> bool:
         """Whether the node has not refused one of this line since its last report.
@@ -79,6 +83,7 @@ class WaitingRoom:
         self._rng = rng
         self._lines: dict[LineKey, Line] = {}
         self._line_of: dict[ActorId, Line] = {}
+        self._standing: dict[ActorId, Line] = {}
 
     def __len__(self) -> int:
         return len(self._line_of)
@@ -88,8 +93,17 @@ class WaitingRoom:
         return list(self._lines.values())
 
     def join(self, actor: ActorRecord, now: float) -> Line:
+        """Wait for a place; one that stood in line at a node, and was refused in the end, is back where it was."""
+        line = self._standing.pop(actor.actor_id, None)
+        if line is not None:
+            _, since, _ = line.standing.pop(actor.actor_id)
+            line.actors[actor.actor_id] = (actor, since)
+            line.actors = dict(sorted(line.actors.items(), key=lambda item: item[1][1]))
+            self._line_of[actor.actor_id] = line
+            actor.reason = line.reason
+            return line
         spec = actor.spec
-        need = needs_of(spec)
+        need = spec.needs()
         strategy = spec.strategy
         light = actor.holds_nothing
         where = (strategy.kind, strategy.node_id, strategy.soft, tuple(sorted(strategy.labels.items())))
@@ -106,11 +120,30 @@ class WaitingRoom:
     def leave(self, actor_id: ActorId) -> None:
         """Placed or dead; does nothing for an actor that does not wait here."""
         line = self._line_of.pop(actor_id, None)
-        if line is None:
-            return
-        del line.actors[actor_id]
-        if not line.actors:
+        if line is not None:
+            del line.actors[actor_id]
+        else:
+            line = self._standing.pop(actor_id, None)
+            if line is None:
+                return
+            del line.standing[actor_id]
+        if not len(line):
             del self._lines[line.key]
+
+    def may_stand(self, line: Line, node: NodeRecord) -> bool:
+        """Whether the first of the line may go and stand in line at this node, which is busy: one at a time does."""
+        strategy = line.spec.strategy
+        if not line.actors or any(where == node.node_id for _, _, where in line.standing.values()):
+            return False
+        if strategy.kind == "node" and not strategy.soft and strategy.node_id != node.node_id:
+            return False
+        return can_ever_run(line.need, strategy, self._nodes.views[node.index])
+
+    def stand(self, actor_id: ActorId, node_id: bytes) -> None:
+        """The first of a line goes to a busy node, to stand in line there."""
+        line = self._line_of.pop(actor_id)
+        self._standing[actor_id] = line
+        line.standing[actor_id] = (*line.actors.pop(actor_id), node_id)
 
     def line_of(self, actor_id: ActorId) -> Line | None:
         return self._line_of.get(actor_id)
@@ -201,19 +234,22 @@ class WaitingRoom:
     def demand_reports(self, to_unix: float) -> Iterator[DemandReport]:
         """`to_unix`: what makes a Unix time of the loop's clock."""
         for line in self._lines.values():
+            if not line.actors:
+                continue  # the agents where they stand report them
             yield DemandReport(
                 name=line.spec.class_name,
                 resources=line.need,
                 count=len(line.actors),
                 reason=line.reason or WaitReason("busy", "it has not been looked at yet"),
-                since_unix_s=line.oldest_since() + to_unix,
+                since_unix_s=line.oldest()[1] + to_unix,
                 job_id=line.spec.job_id,
             )
 
     def check_invariants(self) -> None:
         assert {actor for line in self._lines.values() for actor in line.actors} == set(self._line_of)
+        assert {actor for line in self._lines.values() for actor in line.standing} == set(self._standing)
         for key, line in self._lines.items():
-            assert line.actors
+            assert len(line)
             assert line.key == key
             since = [begun for _, begun in line.actors.values()]
             assert since == sorted(since), "the first of a line has waited longest"
@@ -223,4 +259,4 @@ def _just_refused(node: NodeRecord) -> WaitReason:
     return WaitReason("busy", f"{node.describe()} has just refused it and will be asked again after its next report")
 
 
-__all__ = ["Busy", "Infeasible", "Line", "Node", "WaitingRoom", "needs_of"]
+__all__ = ["Busy", "Infeasible", "Line", "Node", "WaitingRoom"]

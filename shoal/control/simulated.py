@@ -42,7 +42,6 @@ from shoal.control.messages import (
     StopNode,
     WatchActor,
 )
-from shoal.control.placement import needs_of
 from shoal.control.settings import ControlSettings
 from shoal.control.state import ControlState
 from shoal.objects.ids import ActorId, NodeId, WorkerId
@@ -182,7 +181,7 @@ class SimAgent:
     def _start(self, message: StartActor) -> None:
         spec, incarnation = message.spec, message.incarnation
         assert spec.actor_id not in self.running, "an agent holds one life of an actor at most"
-        if not fits(needs_of(spec), self.available):
+        if not fits(spec.needs(), self.available):
             self.say(ActorFailed(spec.actor_id, incarnation, "refused", "its resources are taken"))
             return
         self.running[spec.actor_id] = (incarnation, spec)

@@ -21,15 +21,18 @@ import msgspec
 from shoal.control.jobs import JobRecord, JobTable
 from shoal.control.keys import KeyLimitError, KeyStore
 from shoal.control.lives import ActorLives
+from shoal.control.log_flushes import LogFlushes
 from shoal.control.mail import Outbox, Send
 from shoal.control.messages import (
     ActorFailed,
     ActorGone,
     ActorOutOfScope,
     ActorStarted,
+    ActorWaits,
     CreateActor,
     DeleteKey,
     FindActor,
+    FlushLogs,
     GetJob,
     GetKey,
     GetStatus,
@@ -43,6 +46,7 @@ from shoal.control.messages import (
     ListKeys,
     LogLines,
     LogsArrived,
+    LogsFlushed,
     NodeInfo,
     NodeRegistered,
     NodeReport,
@@ -50,6 +54,7 @@ from shoal.control.messages import (
     Notice,
     ProcessGone,
     ProcessMessage,
+    ProvideArguments,
     PublishLogs,
     PutKey,
     RegisterJob,
@@ -100,6 +105,7 @@ class ControlState:
         self._jobs = JobTable(settings.max_ended_jobs)
         self._keys = KeyStore(settings.max_value_bytes, settings.max_store_bytes)
         self._processes = ProcessTable()
+        self._log_flushes = LogFlushes(self._outbox)
         lives = ActorLives(settings, self._outbox, self._nodes, self._jobs, self._keys, self._processes, rng)
         self._lives = lives
         self._decode: Callable[[bytes], Any] = msgspec.msgpack.Decoder(ProcessMessage).decode
@@ -114,6 +120,8 @@ class ControlState:
             ActorOutOfScope: self._actor_out_of_scope,
             Relay: self._relay,
             PublishLogs: self._publish_logs,
+            LogsFlushed: lambda node, message: self._log_flushes.flushed(node.peer, message.number),
+            ActorWaits: lives.waits,
         }
         self._of_processes: dict[type[Message], Callable[[Origin, bytes, Any], None]] = {
             CreateActor: lives.create,
@@ -128,6 +136,8 @@ class ControlState:
             ListKeys: self._list_keys,
             GetStatus: self._get_status,
             ListJobs: self._list_jobs,
+            FlushLogs: self._flush_logs,
+            ProvideArguments: lives.provide,
         }
 
     # ---------------------------------------------------------------------------------------------------- inputs
@@ -281,6 +291,7 @@ class ControlState:
         """A node is dead: its jobs, its processes and its actors in this order, so that nothing restarts for nobody."""
         logger.warning("node died node=%s address=%s reason=%s", node.node_id.hex(), node.info.address, reason)
         row = self._nodes.bury(node, reason)
+        self._log_flushes.node_gone(node.peer)
         for job in self._jobs.at(node.peer):
             self._end_job(job, f"the node of the job's driver died: {reason}")
         owned = self._processes.drop_peer(node.peer)
@@ -318,6 +329,7 @@ class ControlState:
             job = self._jobs.find(JobId(message.job_id))
             if job is not None and job.running:
                 self._end_job(job, f"the job's driver is gone: {message.cause}")
+        self._log_flushes.process_gone(Origin(node.peer, message.worker_id))
         owned = self._processes.drop(Origin(node.peer, message.worker_id))
         self._lives.end_owned(owned, f"the process that created it is gone: {message.cause}")
 
@@ -334,7 +346,7 @@ class ControlState:
     def _relay(self, node: NodeRecord, relay: Relay) -> None:
         try:
             message = self._decode(relay.body)
-        except (msgspec.DecodeError, msgspec.ValidationError) as exc:
+        except (ValueError, RecursionError) as exc:  # msgspec's own are ValueErrors, and so is text that is not UTF-8
             # A process runs user code and may send anything; that must not cost its node the connection.
             logger.warning("unreadable message worker=%s node=%s: %s", relay.worker_id.hex(), node.node_id.hex(), exc)
             return
@@ -348,6 +360,9 @@ class ControlState:
             job = self._jobs.find(JobId(job_id))
             if job is not None and job.running and job.info.log_to_driver:
                 self._tell_driver(job, LogsArrived(entries))
+
+    def _flush_logs(self, origin: Origin, job_id: bytes, request: FlushLogs) -> None:
+        self._log_flushes.begin(origin, job_id, request, [node.peer for node in self._nodes])
 
     def _tell_driver(self, job: JobRecord, message: Message) -> None:
         self._outbox.tell(Origin(job.peer, job.info.driver_id), message)

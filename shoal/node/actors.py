@@ -1,14 +1,21 @@
-"""Actors on this node: control decides that one lives here, this gives it a worker and reports what becomes of it."""
+"""Actors on this node: control decides that one lives here, this gives it a worker and reports what becomes of it.
+
+Control decides by what it was told of the node, and tasks may have taken that since. An actor that finds no room stands
+in line with them: it wants one lease of what it needs to be placed, as an owner of its own, and the moment that is
+granted, the lease is changed into the actor's resources. After `patience_s` it is refused, and control places it anew.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING
 
-from shoal.control.messages import ActorFailed, ActorGone, ActorStarted, StartActor, StopActor
+from shoal.control.messages import ActorFailed, ActorGone, ActorStarted, ActorWaits, StartActor, StopActor
 from shoal.exceptions import ShoalError
-from shoal.node.messages import ActorReady, BeginActor, EndActor, WorkerExit
+from shoal.node.leases import Decision, Grant, Wait
+from shoal.node.messages import ActorReady, BeginActor, EndActor, LeaseSpec, WorkerExit
 from shoal.node.workers import Worker, WorkerDiedError
 
 if TYPE_CHECKING:
@@ -16,13 +23,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Devices = dict[str, list[int]]
+
 
 class _Hosted:
-    __slots__ = ("order", "started", "stopping", "timer", "worker")
+    __slots__ = ("devices", "order", "started", "stopping", "timer", "turn", "worker")
 
     def __init__(self, order: StartActor) -> None:
         self.order = order
         self.worker: Worker | None = None
+        self.devices: Devices | None = None  # the resources are held
+        self.turn: asyncio.Event | None = None  # set when its turn in the line has come, or it need not wait any more
         self.started = False  # the constructor returned
         self.stopping = ""
         self.timer: asyncio.TimerHandle | None = None
@@ -39,16 +50,25 @@ class ActorHost:
         hosted = self._actors.get(actor_id)
         return hosted is not None and hosted.order.spec.detached
 
+    # ------------------------------------------------------------------------------------------------- starting
+
     async def start(self, order: StartActor) -> None:
         """Give the actor a worker and have it run the constructor; the outcome is told by `ready` or `ended`."""
         spec, agent = order.spec, self._agent
-        devices = None
-        if spec.actor_id not in self._actors:  # else an older incarnation is still ending here
-            devices = agent.scheduler.acquire_actor(spec.actor_id, spec.placement, spec.resources)
-        if devices is None:
-            agent.tell_control(ActorFailed(spec.actor_id, order.incarnation, "refused", "the node is busy by now"))
+        if spec.actor_id in self._actors:
+            self._refuse(order, "an older life of it is still ending here")
             return
         hosted = self._actors[spec.actor_id] = _Hosted(order)
+        hosted.devices = agent.scheduler.acquire_actor(spec.actor_id, spec.placement, spec.resources)
+        if hosted.devices is None and order.patience_s > 0:
+            await self._stand_in_line(hosted)
+        if hosted.devices is None or hosted.stopping:
+            self._forget(spec.actor_id)
+            if hosted.stopping:
+                agent.tell_control(ActorGone(spec.actor_id, order.incarnation, True, hosted.stopping))
+            else:
+                self._refuse(order, "the node is busy")
+            return
 
         def claim(worker: Worker) -> None:
             worker.actor_id, worker.incarnation = spec.actor_id, order.incarnation
@@ -56,7 +76,7 @@ class ActorHost:
 
         try:
             job = await agent.job(spec.job_id)
-            worker = await agent.pool.take(job, spec.env_vars, devices, claim)
+            worker = await agent.pool.take(job, spec.env_vars, hosted.devices, claim)
         except (ShoalError, WorkerDiedError, OSError) as exc:
             if self._actors.get(spec.actor_id) is hosted:
                 self._forget(spec.actor_id)
@@ -66,10 +86,50 @@ class ActorHost:
         process = agent.process(worker.worker_id)
         if process is not None:
             process.job_id = spec.job_id
-        if hosted.stopping or worker.connection is None:
-            agent.pool.end(worker, hosted.stopping or "it ended during its start", intended=True)
+        stopped = self._why_stopped(hosted)
+        if stopped or worker.connection is None:
+            agent.pool.end(worker, stopped or "it ended during its start", intended=True)
             return
-        worker.connection.send(BeginActor(spec, order.incarnation, order.restarts, order.class_blob, devices))
+        worker.connection.send(BeginActor(spec, order.incarnation, order.restarts, order.class_blob, hosted.devices))
+
+    def _why_stopped(self, hosted: _Hosted) -> str:
+        return hosted.stopping  # asked here, because it changes while `start` waits
+
+    def _refuse(self, order: StartActor, why: str) -> None:
+        self._agent.tell_control(ActorFailed(order.spec.actor_id, order.incarnation, "refused", why))
+
+    async def _stand_in_line(self, hosted: _Hosted) -> None:
+        """Wait until `hosted.devices` is given, or `patience_s` is over, or it is stopped."""
+        spec, scheduler = hosted.order.spec, self._agent.scheduler
+        need = LeaseSpec(spec.job_id, spec.needs(), spec.class_name)
+        hosted.turn = asyncio.Event()
+        scheduler.set_demand(spec.actor_id, 0, 1, need, time.time(), redirected=True)
+        self._agent.decide_soon()
+        try:
+            async with asyncio.timeout(hosted.order.patience_s):
+                await hosted.turn.wait()
+        except TimeoutError:
+            logger.debug("in line for too long actor=%s", spec.actor_id.hex())
+        finally:
+            hosted.turn = None
+            scheduler.drop_owner(spec.actor_id)  # it has no lease: a grant is changed into the actor's at once
+
+    def takes(self, decision: Decision) -> bool:
+        """Whether the decision is about an actor in line; if so it is carried out."""
+        hosted = self._actors.get(decision.owner)
+        if hosted is None:
+            return False
+        spec, agent = hosted.order.spec, self._agent
+        if isinstance(decision, Grant):
+            agent.scheduler.drop_owner(spec.actor_id)
+            agent.scheduler.release(decision.lease_id)
+            if hosted.turn is not None and not hosted.turn.is_set():
+                hosted.devices = agent.scheduler.acquire_actor(spec.actor_id, spec.placement, spec.resources)
+                hosted.turn.set()
+            agent.decide_soon()  # it may hold less than it needed to be placed
+        elif isinstance(decision, Wait):
+            agent.tell_control(ActorWaits(spec.actor_id, hosted.order.incarnation, decision.reason))
+        return True
 
     def ready(self, worker: Worker, message: ActorReady) -> None:
         """The constructor returned or raised."""
@@ -89,24 +149,36 @@ class ActorHost:
         agent.tell_control(
             ActorStarted(message.actor_id, order.incarnation, worker.worker_id, worker.socket_path, worker.pid)
         )
+        if hosted.stopping:
+            self._end_gracefully(hosted, worker)  # asked for while the constructor ran
+
+    # --------------------------------------------------------------------------------------------------- ending
 
     def stop(self, order: StopActor) -> None:
+        """Control ends it. Graceful: the constructor, and calls that were accepted, may end first."""
         hosted = self._actors.get(order.actor_id)
         if hosted is None or hosted.order.incarnation != order.incarnation:
             return
         hosted.stopping = order.cause or "it was stopped"
         worker = hosted.worker
         if worker is None:
+            if hosted.turn is not None:
+                hosted.turn.set()
             return  # `start` sees it
-        if order.graceful and worker.connection is not None and hosted.started:
-            worker.connection.send(EndActor(hosted.stopping))
-            if hosted.timer is None:
-                why = f"{hosted.stopping}; it did not end in time"
-                hosted.timer = asyncio.get_running_loop().call_later(
-                    order.grace_s, lambda: self._agent.pool.end(worker, why, intended=True)
-                )
+        if not order.graceful or worker.connection is None:
+            self._agent.pool.end(worker, hosted.stopping, intended=True)
             return
-        self._agent.pool.end(worker, hosted.stopping, intended=True)
+        if hosted.timer is None:
+            why = f"{hosted.stopping}; it did not end in time"
+            hosted.timer = asyncio.get_running_loop().call_later(
+                order.grace_s, lambda: self._agent.pool.end(worker, why, intended=True)
+            )
+        if hosted.started:
+            self._end_gracefully(hosted, worker)
+
+    def _end_gracefully(self, hosted: _Hosted, worker: Worker) -> None:
+        if worker.connection is not None:
+            worker.connection.send(EndActor(hosted.stopping))
 
     def ended(self, worker: Worker, exit: WorkerExit) -> None:
         """The actor's process has ended."""
@@ -118,7 +190,7 @@ class ActorHost:
         cause = hosted.stopping or exit.cause
         if exit.tail and not worker.intended:
             cause += "; its last output was:\n    " + "\n    ".join(exit.tail)
-        if hosted.started or hosted.stopping:
+        if hosted.started or hosted.stopping or worker.intended:
             intended = bool(hosted.stopping) or worker.intended or (exit.code == 0 and not exit.signal)
             agent.tell_control(ActorGone(worker.actor_id, order.incarnation, intended, cause))
         else:
@@ -128,5 +200,6 @@ class ActorHost:
         hosted = self._actors.pop(actor_id)
         if hosted.timer is not None:
             hosted.timer.cancel()
-        self._agent.scheduler.release_actor(actor_id)
+        if hosted.devices is not None:
+            self._agent.scheduler.release_actor(actor_id)
         self._agent.decide_soon()

@@ -66,12 +66,12 @@ from shoal.node.messages import (
 from shoal.node.object_manager import ObjectManager
 from shoal.node.peers import Peers
 from shoal.node.transfer import Puller, TransferServer
-from shoal.node.workers import Worker, WorkerDiedError, WorkerPool
+from shoal.node.workers import CLOSED, Worker, WorkerDiedError, WorkerPool
 from shoal.objects.arena import Arena, Warmer
 from shoal.rpc import aio
 from shoal.rpc.frames import make_decoder
 from shoal.rpc.messages import Done, Failed, Hello, Message, Refused
-from shoal.rpc.sockets import hand_over, tune
+from shoal.rpc.sockets import tune
 from shoal.scheduling.views import Amounts, NodeView
 from shoal.version import __version__
 
@@ -79,6 +79,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S: Final = 1.0
 """Heartbeat, idle workers, expired waits. Nothing that is urgent waits for it."""
+MAX_PAUSE_S: Final = 5.0
+"""Longest pause between two tries when workers cannot be started."""
 REPORT_S: Final = 0.02
 """Changes of this node travel to control at most this often."""
 
@@ -148,6 +150,7 @@ class Agent:
         self._jobs: dict[bytes, asyncio.Task[JobInfo]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._deciding = False
+        self._failures = 0  # workers that could not be had, in a row
         self._report_due = False
         self._reported: tuple[Any, ...] = ()
 
@@ -318,7 +321,7 @@ class Agent:
                     sock.close()
                     return
                 path = worker.socket_path
-            await self._loop.run_in_executor(None, hand_over, sock, path, self._settings.token, hello)
+            await aio.hand_over(sock, path, self._settings.token, hello)
 
     def _accept(self, connection: aio.Connection, hello: Hello) -> None:
         connection.on_message = lambda message: self._first_message(connection, message)
@@ -332,9 +335,13 @@ class Agent:
                 process.is_remote, process.node_id, process.job_id = True, message.node_id, message.job_id
                 self._add_process(process)
             case AgentHello():
-                connection.on_message = lambda m: self.objects.from_agent(message.node_id, connection, m)
+                connection.on_message = lambda m: self._from_agent(message.node_id, connection, m)
             case _:
                 connection.abort(ShoalError(f"a connection began with {type(message).__name__}"))
+
+    def _from_agent(self, node_id: bytes, connection: aio.Connection, message: Any) -> None:
+        self.objects.from_agent(node_id, connection, message)
+        self.report_soon()  # it may have changed what the store holds
 
     def process(self, worker_id: bytes) -> Process | None:
         return self._processes.get(worker_id)
@@ -417,7 +424,7 @@ class Agent:
         worker = process.worker
         if worker is not None:
             worker.connection = None
-            self.pool.end(worker, worker.ending or "it closed its connection", intended=worker.intended)
+            self.pool.end(worker, worker.ending or CLOSED, intended=worker.intended)
             self.pool_changed()
         if process.job_id:
             cause = worker.ending if worker is not None else "the driver ended"
@@ -464,6 +471,7 @@ class Agent:
                 objects.cancel_resolve(who, message)
             case Unpin():
                 objects.unpin(who, message)
+                self.report_soon()
             case Publish():
                 objects.publish(who, message)
             case Use():
@@ -525,6 +533,8 @@ class Agent:
     def _decide(self) -> None:
         self._deciding = False
         for decision in self.scheduler.decide(self._views, time.time()):
+            if self.actors.takes(decision):
+                continue
             match decision:
                 case Grant():
                     lease = self._leases[decision.lease_id] = _Lease(decision.owner, decision.class_id)
@@ -558,15 +568,21 @@ class Agent:
             job = await self.job(grant.spec.job_id)
             worker = await self.pool.take(job, grant.spec.env_vars, grant.devices, claim)
         except (ShoalError, WorkerDiedError, OSError) as exc:
-            logger.warning("no worker for lease=%s of %s: %s", grant.lease_id, grant.spec.name, exc)
+            pause_s = min(MAX_PAUSE_S, 0.05 * 2 ** min(self._failures, 10))
+            self._failures += 1
+            logger.warning(
+                "no worker for lease=%s of %s, next try in %.2f s: %s", grant.lease_id, grant.spec.name, pause_s, exc
+            )
+            await asyncio.sleep(pause_s)  # what keeps a worker from starting has no signal for its end
             if self._leases.pop(grant.lease_id, None) is not None:
                 self.scheduler.release(grant.lease_id)  # the class still wants it: it is served again
                 self.decide_soon()
             return
+        self._failures = 0
         process = self._processes.get(worker.worker_id)
         if process is not None:
             process.job_id = job.job_id
-        if grant.lease_id not in self._leases:
+        if grant.lease_id not in self._leases or worker.lease_id != grant.lease_id:
             return
         owner = self._processes.get(lease.owner)
         if owner is None:
@@ -620,6 +636,9 @@ class Agent:
                 process = self._processes.get(message.worker_id)
                 if process is not None:
                     process.connection.send(MailFromControl(message.body))
+            case control.FlushNodeLogs():
+                self._logs.flush_job(message.job_id)
+                self.tell_control(control.LogsFlushed(message.number))
             case control.StopNode():
                 logger.error("control ends this node: %s", message.reason)
                 self._stop.set()

@@ -77,7 +77,14 @@ class StartingNode:
 
 
 def spawn_node(options: NodeOptions) -> StartingNode:
-    """Start a node's supervisor in a session of its own (a Ctrl-C in this terminal does not reach it)."""
+    """Start a node's supervisor in a session of its own (a Ctrl-C in this terminal does not reach it).
+
+    Raises:
+        SessionError: SHOAL_TOKEN is no token.
+    """
+    token = os.environ.get("SHOAL_TOKEN")
+    if token and options.token is None:
+        options = msgspec.structs.replace(options, token=session.check_token(token, "SHOAL_TOKEN"))
     pass_fds = (options.lifeline_fd,) if options.lifeline_fd is not None else ()
     process = subprocess.Popen(
         [sys.executable, "-m", "shoal.node.supervisor"],
@@ -106,7 +113,12 @@ def start_node(options: NodeOptions) -> RunningNode:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, with shoal importable the way it is here."""
+    """This process's environment, with shoal importable the way it is here.
+
+    The token goes in by the options: the kernel shows a process's first environment to all that its user runs, for as
+    long as the process lives, and user code finds its way into crash reports.
+    """
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    inherited = {name: value for name, value in os.environ.items() if name != "SHOAL_TOKEN"}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}

@@ -389,6 +389,16 @@ class WorkerLogs:
             self._submit(stream.file.close)
         return [line.decode("utf-8", "replace") for line in worker.tail]
 
+    def flush_job(self, job_id: bytes) -> None:
+        """Publish at once what workers of the job have printed so far, lines without an end included."""
+        for worker in self._workers.values():
+            if worker.job_id == job_id and worker.to_driver:
+                for stream in worker.streams:
+                    self._drain(worker, stream)
+                    stream.lines.end_line(worker.tail)
+                    self._collect(worker, stream)
+        self._flush()
+
     def close(self) -> None:
         """Detach all, publish what is left, and wait until the files are written."""
         for worker_id in list(self._workers):

@@ -7,7 +7,9 @@ in this node's arena). It moves copies, answers waiting processes, and passes on
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -40,7 +42,7 @@ from shoal.node.peers import Peers
 from shoal.node.store import Copy, Store, StoreFullError
 from shoal.node.transfer import Puller, SourceLostError
 from shoal.objects.arena import Arena
-from shoal.rpc.aio import Connection
+from shoal.rpc.aio import Connection, ConnectionClosedError
 from shoal.rpc.messages import Done, Failed
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,16 @@ logger = logging.getLogger(__name__)
 TRANSFER: Final = b"transfer"
 """Owner, in the store's books, of room that a pull fills and of pins while a copy is sent."""
 MAX_ATTEMPTS: Final = 3
+
+
+class _Pull:
+    """A copy on its way here, and the processes that wait for it: it is pinned for each the moment it is sealed."""
+
+    __slots__ = ("askers", "task")
+
+    def __init__(self) -> None:
+        self.askers: list[bytes] = []
+        self.task: asyncio.Task[Copy]
 
 
 class ObjectManager(Effects):
@@ -71,11 +83,13 @@ class ObjectManager(Effects):
         self._address_of = address_of
         self._tell_unreferenced = actor_unreferenced
         self._loop = asyncio.get_running_loop()
-        self.directory = Directory(node_id, self, alive)
+        self.directory = Directory(node_id, self, alive, peers.is_gone)
         self.store = Store(capacity, self._evicted)
-        self._pulls: dict[bytes, asyncio.Task[Copy]] = {}
+        self._pulls: dict[bytes, _Pull] = {}
         self._resolves: dict[tuple[bytes, int], asyncio.Task[None]] = {}
-        self._telling: dict[bytes, asyncio.Task[Any]] = {}
+        self._telling: dict[bytes, asyncio.Future[Any]] = {}  # first uses that their home has not counted yet
+        self._watches = itertools.count()
+        peers.on_lost = self._say_again
 
     # -------------------------------------------------------------------------------------------- room, sealing
 
@@ -103,8 +117,8 @@ class ObjectManager(Effects):
     ) -> None:
         if home == self._node:
             self.directory.copy_made(object_id, self._node, size, owner, contained)
-        elif self._address_of(home) is None:
-            self.store.delete(object_id)  # its home died: nobody will ever ask for it
+        elif self._peers.is_gone(home):
+            self.store.delete(object_id)  # nobody will ever ask for it
         else:
             self._peers.send(home, CopyMade(object_id, size, owner, contained))
 
@@ -133,6 +147,9 @@ class ObjectManager(Effects):
 
     def _answer_copy(self, process: bytes, connection: Connection, message: Resolve, copy: Copy) -> None:
         self.store.pin(message.object_id, process)
+        self._answer_pinned(connection, message, copy)
+
+    def _answer_pinned(self, connection: Connection, message: Resolve, copy: Copy) -> None:
         state = ObjectState(STORED, b"", copy.size, [self._node], copy.contained)
         connection.reply(message, Resolved(object_id=message.object_id, state=state, offset=copy.offset))
 
@@ -142,14 +159,17 @@ class ObjectManager(Effects):
                 state = await self.wait_state(message.object_id, message.home)
                 if state.state != STORED or not message.fetch:
                     break
+                copy = self.store.find(message.object_id)
+                if copy is not None:
+                    self._answer_copy(process, connection, message, copy)
+                    return
                 try:
-                    copy = await self._fetch(message.object_id, message.home, state)
+                    copy = await self._fetch(process, message.object_id, message.home, state)
                 except SourceLostError as exc:
-                    state = ObjectState(LOST, str(exc).encode())
+                    state = ObjectState(LOST, f"node:{exc}".encode())
                     logger.info("fetch failed object=%s attempt=%s: %s", message.object_id.hex(), attempt, exc)
                     continue
-                if not connection.closed.done():
-                    self._answer_copy(process, connection, message, copy)
+                self._answer_pinned(connection, message, copy)
                 return
             connection.reply(message, Resolved(object_id=message.object_id, state=state))
         except StoreFullError as exc:
@@ -159,42 +179,51 @@ class ObjectManager(Effects):
         """The object's state once it is known to its home; LOST when the home is gone."""
         if home == self._node:
             future: asyncio.Future[ObjectState] = self._loop.create_future()
-            key = object()
-
-            def ready(state: ObjectState) -> None:
-                if not future.done():
-                    future.set_result(state)
-
-            self.directory.watch(object_id, key, ready)
+            key = (self._node, next(self._watches))
+            self.directory.watch(object_id, key, lambda state: None if future.done() else future.set_result(state))
             try:
                 return await future
             finally:
                 self.directory.unwatch(object_id, key)
-        telling = self._telling.get(object_id)
-        if telling is not None:
-            await asyncio.wait([telling])
+        while True:
+            try:
+                reply: StateReply = await self._peers.request(home, AskState(object_id=object_id))
+            except ConnectionClosedError as exc:
+                if self._peers.is_gone(home):
+                    return _home_gone(home, exc)
+                # Else the connection broke, or control has not told of the node's end yet, which ends the next attempt.
+            except ShoalError as exc:
+                return _home_gone(home, exc)
+            else:
+                return reply.state
+
+    async def _fetch(self, process: bytes, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
+        """Pull a copy, pinned for `process` when this returns. Several askers share one pull."""
+        pull = self._pulls.get(object_id)
+        if pull is None:
+            pull = self._pulls[object_id] = _Pull()
+            pull.task = self._loop.create_task(self._pull(pull, object_id, home, state), name="pull")
+            pull.task.add_done_callback(lambda task: self._pulled(object_id, task))
+        pull.askers.append(process)
         try:
-            reply: StateReply = await self._peers.request(home, AskState(object_id=object_id))
-        except ShoalError as exc:
-            return ObjectState(LOST, f"node:its home node {home.hex()[:12]} is gone: {exc}".encode())
-        return reply.state
+            return await asyncio.shield(pull.task)
+        except asyncio.CancelledError:
+            if process in pull.askers:
+                pull.askers.remove(process)
+            else:
+                self.store.unpin(object_id, process)  # it came in this very moment
+            raise
 
-    async def _fetch(self, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
-        """A local copy: the one that is here, or one pulled now. Several askers share one pull."""
-        copy = self.store.find(object_id)
-        if copy is not None:
-            return copy
-        task = self._pulls.get(object_id)
-        if task is None:
-            task = self._loop.create_task(self._pull(object_id, home, state), name="pull")
-            self._pulls[object_id] = task
-            task.add_done_callback(lambda _: self._pulls.pop(object_id, None))
-        return await asyncio.shield(task)
+    def _pulled(self, object_id: bytes, task: asyncio.Task[Copy]) -> None:
+        del self._pulls[object_id]
+        if not task.cancelled() and task.exception() is not None:
+            logger.debug("a pull failed object=%s: %s", object_id.hex(), task.exception())
 
-    async def _pull(self, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
+    async def _pull(self, pull: _Pull, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
         sources = [address for node in state.nodes if node != self._node and (address := self._address_of(node))]
         if not sources:
             raise SourceLostError("every node that had a copy is gone")
+        random.shuffle(sources)  # many may want it at once: each that has it serves its share
         room: asyncio.Future[int] = self._loop.create_future()
 
         def got(result: int | StoreFullError) -> None:
@@ -216,6 +245,9 @@ class ObjectManager(Effects):
         copy = self.store.seal(
             TRANSFER, object_id, offset, state.size, home, b"", primary=False, contained=state.contained
         )
+        askers, pull.askers = pull.askers, []
+        for process in askers:
+            self.store.pin(object_id, process)
         self._report_copy(object_id, home, state.size, b"", state.contained)
         return copy
 
@@ -239,8 +271,7 @@ class ObjectManager(Effects):
         self.directory.publish(message.object_id, process, message.state)
 
     def use(self, process: bytes, connection: Connection, message: Use) -> None:
-        if self.directory.use(message.object_id, message.home, process):
-            self.tell_home(message.home, message.object_id, True)
+        self.directory.use(message.object_id, message.home, process)
         telling = self._telling.get(message.object_id)
         if telling is None:
             connection.reply(message, Done())
@@ -258,9 +289,18 @@ class ObjectManager(Effects):
         self.directory.process_gone(process)
 
     def node_gone(self, node_id: bytes) -> None:
-        self.directory.node_gone(node_id, f"node:node {node_id.hex()[:12]}, which held its last copy, is gone")
+        self.directory.node_gone(node_id)
         for object_id in self.store.copies_of_home(node_id):
             self.store.delete(object_id)
+
+    def _say_again(self, node_id: bytes) -> None:
+        """The connection to another home broke. If that node is dead, this goes nowhere; else it must not forget us."""
+        for object_id in self.directory.uses_of_home(node_id):
+            self.tell_home(node_id, object_id, True)
+        for object_id in self.store.copies_of_home(node_id):
+            copy = self.store.find(object_id)
+            if copy is not None:
+                self._report_copy(object_id, node_id, copy.size, copy.owner, copy.contained)
 
     # ---------------------------------------------------------------------------------- effects of the directory
 
@@ -274,14 +314,13 @@ class ObjectManager(Effects):
         if not holds:
             self._peers.send(home, HolderChanged(object_id=object_id, holds=False))
             return
-        task = self._loop.create_task(self._tell_use(home, object_id), name="tell-use")
-        self._telling[object_id] = task
-        task.add_done_callback(lambda _: self._telling.pop(object_id, None) if self._telling.get(object_id) is task else None)
+        telling = self._telling[object_id] = self._peers.start_request(home, HolderChanged(object_id=object_id, holds=True))
+        telling.add_done_callback(partial(self._told, home, object_id))
 
-    async def _tell_use(self, home: bytes, object_id: bytes) -> None:
-        try:
-            await self._peers.request(home, HolderChanged(object_id=object_id, holds=True))
-        except ShoalError as exc:
+    def _told(self, home: bytes, object_id: bytes, telling: asyncio.Future[Any]) -> None:
+        if self._telling.get(object_id) is telling:
+            del self._telling[object_id]
+        if not telling.cancelled() and (exc := telling.exception()) is not None:
             logger.info("cannot count a use at home=%s object=%s: %s", home.hex()[:12], object_id.hex(), exc)
 
     def actor_unreferenced(self, actor_id: bytes) -> None:
@@ -291,6 +330,8 @@ class ObjectManager(Effects):
 
     def from_agent(self, node_id: bytes, connection: Connection, message: Any) -> None:
         """A message of another agent."""
+        if self._peers.is_gone(node_id):
+            return  # said before its end: all that it had or used is written off
         match message:
             case HolderChanged():
                 self.directory.holder_changed(message.object_id, node_id, message.holds)
@@ -311,3 +352,7 @@ class ObjectManager(Effects):
 
     def _answer_state(self, connection: Connection, message: AskState, state: ObjectState) -> None:
         connection.reply(message, StateReply(state=state))
+
+
+def _home_gone(home: bytes, exc: ShoalError) -> ObjectState:
+    return ObjectState(LOST, f"node:its home node {home.hex()[:12]} is gone: {exc}".encode())

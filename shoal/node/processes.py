@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
 from typing import Final
@@ -30,6 +31,14 @@ def set_title(title: str) -> None:
     """Name shown by `ps` and `top` for this process's thread (at most 15 bytes are kept by the kernel)."""
     if _libc is not None:
         _libc.prctl(_PR_SET_NAME, title.encode()[:15], 0, 0, 0)
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as it may: one per connection, in a process that has thousands of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # some kernels say "unlimited" and mean less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:

@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from shoal.objects.allocator import Allocator
+from shoal.objects.allocator import Allocator, rounded
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Store:
         self._evicted = evicted
         self._copies: dict[bytes, Copy] = {}
         self._evictable: OrderedDict[bytes, None] = OrderedDict()  # secondary, unpinned copies; oldest use first
+        self._evictable_bytes = 0
         self._unsealed: dict[bytes, dict[int, int]] = {}  # process -> offset -> size
         self._creators: deque[_Creator] = deque()
         self._pinned_by: dict[bytes, set[bytes]] = {}
@@ -100,8 +101,11 @@ class Store:
     def _try_allocate(self, process: bytes, size: int) -> int | None:
         offset = self._allocator.allocate(size)
         while offset is None and self._evictable:
-            object_id, _ = self._evictable.popitem(last=False)
+            if self._allocator.free_bytes + self._evictable_bytes < size:
+                return None  # not even without any of them
+            object_id = next(iter(self._evictable))
             copy = self._copies.pop(object_id)
+            self._keep(object_id, copy)
             self._allocator.free(copy.offset, copy.size)
             self._evicted(object_id, copy)
             offset = self._allocator.allocate(size)
@@ -115,6 +119,10 @@ class Store:
 
     def _free(self, offset: int, size: int) -> None:
         self._allocator.free(offset, size)
+        self._serve()
+
+    def _serve(self) -> None:
+        """Give room to those who wait for it, in the order in which they came."""
         while self._creators:
             creator = self._creators[0]
             found = self._try_allocate(creator.process, creator.size)
@@ -135,6 +143,7 @@ class Store:
                     "larger --object-store-memory"
                 )
             )
+        self._serve()  # those behind may want less
 
     # ------------------------------------------------------------------------------------------------ copies
 
@@ -160,17 +169,31 @@ class Store:
         if existing is not None:
             self._free(offset, room)
             existing.doomed = False
+            if primary and not existing.primary:
+                existing.primary = True
+                self._keep(object_id, existing)
             return existing
         if room > size:
             self._free_tail(offset, size, room)
         copy = self._copies[object_id] = Copy(offset, size, home, owner, primary, contained)
         if not primary:
-            self._evictable[object_id] = None
+            self._offer(object_id, copy)
         return copy
 
+    def _offer(self, object_id: bytes, copy: Copy) -> None:
+        """The copy may be evicted."""
+        self._evictable[object_id] = None
+        self._evictable_bytes += rounded(copy.size)
+
+    def _keep(self, object_id: bytes, copy: Copy) -> None:
+        """The copy may not be evicted (any more)."""
+        if object_id in self._evictable:
+            del self._evictable[object_id]
+            self._evictable_bytes -= rounded(copy.size)
+
     def _free_tail(self, offset: int, size: int, room: int) -> None:
-        kept = (size + 63) & ~63
-        if kept < room:
+        kept = rounded(size)
+        if kept < rounded(room):
             self._free(offset + kept, room - kept)
 
     def pin(self, object_id: bytes, process: bytes) -> Copy:
@@ -178,7 +201,7 @@ class Store:
         copy = self._copies[object_id]
         copy.pins[process] = copy.pins.get(process, 0) + 1
         self._pinned_by.setdefault(process, set()).add(object_id)
-        self._evictable.pop(object_id, None)
+        self._keep(object_id, copy)
         return copy
 
     def unpin(self, object_id: bytes, process: bytes) -> None:
@@ -201,14 +224,14 @@ class Store:
             del self._copies[object_id]
             self._free(copy.offset, copy.size)
         elif not copy.primary:
-            self._evictable[object_id] = None
+            self._offer(object_id, copy)
 
     def delete(self, object_id: bytes) -> None:
         """Nobody refers to the object any more; its room returns now or with the last pin."""
         copy = self._copies.get(object_id)
         if copy is None:
             return
-        self._evictable.pop(object_id, None)
+        self._keep(object_id, copy)
         if copy.pins:
             copy.doomed = True
         else:
@@ -227,10 +250,12 @@ class Store:
             self._free(offset, size)
 
     def check_invariants(self) -> None:
-        held = sum((copy.size + 63) & ~63 for copy in self._copies.values())
-        held += sum((size + 63) & ~63 for rooms in self._unsealed.values() for size in rooms.values())
+        held = sum(rounded(copy.size) for copy in self._copies.values())
+        held += sum(rounded(size) for rooms in self._unsealed.values() for size in rooms.values())
         assert held == self.used, (held, self.used)
-        for object_id in self._evictable:
-            copy = self._copies[object_id]
-            assert not copy.pins and not copy.primary and not copy.doomed
+        for object_id, copy in self._copies.items():
+            assert (object_id in self._evictable) == (not copy.pins and not copy.primary), object_id.hex()
+            assert copy.pins or not copy.doomed, object_id.hex()
+            assert all(object_id in self._pinned_by[process] and count > 0 for process, count in copy.pins.items())
+        assert self._evictable_bytes == sum(rounded(self._copies[object_id].size) for object_id in self._evictable)
         self._allocator.check_invariants()

@@ -31,7 +31,14 @@ from shoal import log_config, session
 from shoal.control.server import ControlSettings, run_control
 from shoal.exceptions import ShoalError
 from shoal.node.agent import AgentSettings, run_agent
-from shoal.node.processes import describe_status, die_with_parent, kill_group, reset_after_fork, set_title
+from shoal.node.processes import (
+    allow_open_files,
+    describe_status,
+    die_with_parent,
+    kill_group,
+    reset_after_fork,
+    set_title,
+)
 from shoal.node.settings import NodeOptions, detect_capacity
 from shoal.node.zygote import run_zygote
 from shoal.objects.arena import Arena
@@ -104,14 +111,19 @@ class Supervisor:
         def zygote() -> None:
             agent_end.close()
             listener.close()
-            os.environ.pop("SHOAL_TOKEN", None)  # user code has no use for it, and it ends up in crash reports
             run_zygote(zygote_end, lambda worker_id: run_worker(worker_id, agent_socket, token_bytes, logs))
 
         self._fork("zygote", zygote)
         zygote_end.close()
         if options.head:
             settings = ControlSettings(node_timeout_s=options.node_timeout_s)
-            self._fork_and_wait("control", lambda ready: run_control(token_bytes, control_socket, settings, lambda: ready("")))
+
+            def control(ready: Callable[[str], None]) -> None:
+                listener.close()  # else peers could connect, to nobody, when the agent has ended
+                agent_end.close()
+                run_control(token_bytes, control_socket, settings, lambda: ready(""))
+
+            self._fork_and_wait("control", control)
         node_id = new_node_id()
         agent_settings = AgentSettings(
             node_id=node_id,
@@ -171,6 +183,8 @@ class Supervisor:
         try:
             die_with_parent(parent)
             reset_after_fork()
+            if name != "zygote":  # whose children run user code, which may use select() and its 1024 descriptors
+                allow_open_files()
             set_title(f"shoal::{name}")
             os.close(self._wake_in)
             os.close(self._wake_out)

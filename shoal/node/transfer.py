@@ -114,7 +114,7 @@ class TransferServer:
                 if request.start + request.length == pinned[2]:
                     self._on_loop(self._unpin, pinned[0])
                     pinned = None
-        except (OSError, FrameError, msgspec.DecodeError, msgspec.ValidationError) as exc:
+        except (OSError, FrameError, ValueError, RecursionError) as exc:
             logger.debug("a transfer connection ended: %s", exc)
         finally:
             sock.close()
@@ -161,7 +161,7 @@ class Puller:
             try:
                 await loop.run_in_executor(self._threads, self._pull_from, address, object_id, target, progress)
                 return
-            except (OSError, FrameError, ShoalError, SourceLostError, msgspec.DecodeError) as exc:
+            except (OSError, FrameError, ShoalError, SourceLostError, ValueError, RecursionError) as exc:
                 done = progress[0]
                 why = f"{address}: {exc}"
                 logger.warning("a transfer lost its source object=%s at=%s: %s", object_id.hex(), done, why)

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 SPARE_S: Final = 5.0
 MAX_PRESTARTED: Final = 16
+CLOSED: Final = "it closed its connection"
+"""Why a worker is ended whose connection closed, usually because it is ending already."""
 
 EnvKey = tuple[tuple[str, str], ...]
 
@@ -71,7 +73,12 @@ class WorkerPool:
     """See the module. `ended(worker, exit)` is called once for each worker, after its process is gone."""
 
     def __init__(
-        self, zygote: socket.socket, sockets: str, logs: WorkerLogs, keep_idle: int, ended: Callable[[Worker, WorkerExit], None]
+        self,
+        zygote: socket.socket,
+        sockets: str,
+        logs: WorkerLogs,
+        keep_idle: int,
+        ended: Callable[[Worker, WorkerExit], None],
     ) -> None:
         self._zygote = zygote
         self._sockets = sockets
@@ -230,9 +237,11 @@ class WorkerPool:
         if worker is None:
             return
         kill_group(report.pid)  # whatever it started and left behind
-        cause = worker.ending or report.text
-        if report.signal == signal.SIGKILL and not worker.ending:
-            cause = "killed by SIGKILL: by somebody, or by the kernel because the machine ran out of memory"
+        cause = worker.ending
+        if cause in ("", CLOSED):  # it closes its connection because it ends: how it ended says more
+            cause = report.text
+            if report.signal == signal.SIGKILL:
+                cause = "killed by SIGKILL: by somebody, or by the kernel because the machine ran out of memory"
         self._gone(worker, WorkerExit(report.code, report.signal, cause, self._logs.tail(worker.worker_id)))
 
     def _gone(self, worker: Worker, exit: WorkerExit) -> None:

@@ -62,7 +62,7 @@ class Allocator:
         Raises:
             ValueError: the size is negative.
         """
-        size = _rounded(size)
+        size = rounded(size)
         by_size = self._by_size
         index = by_size.bisect_left((size, 0))
         if index == len(by_size):
@@ -106,7 +106,7 @@ class Allocator:
         Raises:
             ValueError: part of it is free already, or lies outside; nothing has changed then.
         """
-        size = _rounded(size)
+        size = rounded(size)
         end = offset + size
         if offset < 0 or end > self.capacity or offset % GRANULE_BYTES:
             raise ValueError(f"no extent of this arena: {size} bytes at {offset} (capacity {self.capacity})")
@@ -153,7 +153,7 @@ class Allocator:
         return size
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
     """The room that `size` bytes take: a multiple of 64, and at least 64."""
     if size < 0:
         raise ValueError(f"a size cannot be negative: {size}")

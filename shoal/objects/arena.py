@@ -115,6 +115,13 @@ class Arena:
                 not block nor take a lock that is not re-entrant, and an exception it raises is only printed. When the
                 process exits first it may not be called at all.
         """
+        view, holder = self.lend(offset, size)
+        weakref.finalize(holder, _release_in, os.getpid(), on_release).atexit = False
+        return view
+
+    def lend(self, offset: int, size: int) -> tuple[memoryview, object]:
+        """Read-only bytes, and an object that lives exactly as long as the view or anything that was derived from it
+        (slices, arrays, slices of those): follow it by a weak reference, and hold no other."""
         self._check(offset, size)
         memory = self._map
         if memory is None:
@@ -126,9 +133,8 @@ class Arena:
             if length == 0:  # nothing at the very end
                 offset, length = offset - 1, 1
         holder = _array_type(length).from_buffer(memory, offset)
-        # Views keep what they view alive: the array dies, and the finalizer runs, after the last of them.
-        weakref.finalize(holder, _release_in, os.getpid(), on_release).atexit = False
-        return memoryview(holder).cast("B").toreadonly()[:size]
+        # Views keep what they view alive: the array dies after the last of them.
+        return memoryview(holder).cast("B").toreadonly()[:size], holder
 
     def populate(self, offset: int, size: int) -> None:
         """Prepare this process for copying `size` bytes to `offset`: a third of the faults' cost where it never was.

@@ -15,22 +15,36 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 
 from shoal.exceptions import AuthenticationError, ClusterConnectionError, ShoalError
 from shoal.rpc.auth import Admit, ClientHandshake, ServerHandshake, handshake_decoder
-from shoal.rpc.frames import FrameError, FrameReader, encode_message, join_frame, make_decoder
+from shoal.rpc.frames import FrameError, FrameReader, check_size, decode_frame, encode_message, join_frame, make_decoder
 from shoal.rpc.messages import MAX_HANDSHAKE_BYTES, Failed, Hello, Message, Reply, Request
-from shoal.rpc.sockets import HANDOFF, listen_unix, receive_handed_over, split_address, tune
+from shoal.rpc.sockets import (
+    HANDOFF,
+    join_address,
+    listen_unix,
+    receive_handed_over,
+    send_handed_over,
+    split_address,
+    tune,
+)
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_S = 10.0
-MAX_STRANGERS = 512
+HANDSHAKE_TIMEOUT_S: Final = 10.0
+MAX_STRANGERS: Final = 512
 """Connections that may be in their handshake at once; more wait in the kernel's queue."""
-MAX_UNSENT_BYTES = 1 << 30
+STRANGER_PATIENCE_S: Final = 1.0
+"""When there are that many, one that has been at it for longer gives way: strangers who say nothing, however many they
+are, keep nobody out for ten seconds. A handshake takes two round trips."""
+ACCEPT_AGAIN_S: Final = 0.05
+CONNECT_AGAIN_S: Final = 0.01
+HANDOVER_TIMEOUT_S: Final = 30.0
+MAX_UNSENT_BYTES: Final = 1 << 30
 """A peer that lets this much pile up is as good as dead."""
 
 _LENGTH = struct.Struct("<I")
@@ -40,7 +54,7 @@ class ConnectionClosedError(ShoalError):
     """The connection ended before the answer came."""
 
 
-class RequestFailed(ShoalError):  # noqa: N818 - named for what the peer said
+class RequestFailed(ShoalError):
     """The peer answered `Failed`: `kind` for programs, `text` for people."""
 
     def __init__(self, kind: str, text: str) -> None:
@@ -71,16 +85,23 @@ class Connection(asyncio.Protocol):
         self._rids = itertools.count(1)
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._reason: Exception | None = None
+        self._closing = False
 
     # ------------------------------------------------------------------------------------------------ sending
 
     def send(self, message: Message) -> None:
-        """Queue one message; on a closed connection it is dropped (whoever cares watches `on_close`)."""
+        """Queue one message; on a closed connection it is dropped (whoever cares watches `on_close`).
+
+        Raises:
+            FrameError: it is longer than any frame may be; nothing was sent.
+        """
         if self.closed.done():
             return
+        encoded = encode_message(message)
+        check_size(encoded)
         if not self._outbox:
             self._loop.call_soon(self._flush)
-        self._outbox.append(encode_message(message))
+        self._outbox.append(encoded)
 
     def reply(self, request: Request, answer: Reply) -> None:
         """Answer `request`; nothing is sent when it wanted no answer."""
@@ -92,7 +113,7 @@ class Connection(asyncio.Protocol):
         """Send and wait for the answer.
 
         Raises:
-            RequestFailed: the peer said no. ConnectionClosedError: it went away. TimeoutError.
+            RequestFailed: the peer said no. ConnectionClosedError: it went away. TimeoutError. FrameError: as `send`.
         """
         future = self.start_request(message)
         async with asyncio.timeout(timeout_s):
@@ -106,32 +127,33 @@ class Connection(asyncio.Protocol):
             return future
         rid = next(self._rids)
         msgspec.structs.force_setattr(message, "rid", rid)
+        self.send(message)
         self._requests[rid] = future
         future.add_done_callback(lambda _: self._requests.pop(rid, None))
-        self.send(message)
         return future
 
     def _flush(self) -> None:
-        messages, self._outbox = self._outbox, []
         transport = self._transport
-        if transport is None or self.closed.done() or not messages:
-            return
+        if transport is None or self.closed.done() or not self._outbox:
+            return  # what is sent before the connection is attached leaves when it is
+        messages, self._outbox = self._outbox, []
         try:
             transport.write(join_frame(messages))
-        except FrameError:
-            for message in messages:  # each alone may fit; one that does not is the sender's bug and ends the connection
+        except FrameError:  # too much for one frame; each alone fits
+            for message in messages:
                 transport.write(join_frame([message]))
         if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.abort(ConnectionClosedError(f"{self.peer_name or 'the peer'} stopped reading"))
 
     def close(self) -> None:
         """Send what is pending, then close."""
+        self._closing = True
         if self._transport is not None and not self._transport.is_closing():
             self._flush()
             self._transport.close()
 
     def abort(self, reason: Exception) -> None:
-        """Close at once; `on_close` gets `reason`."""
+        """Close at once, whatever has arrived or waits to be sent; `on_close` gets `reason`."""
         self._reason = self._reason or reason
         if self._transport is not None:
             self._transport.abort()
@@ -143,15 +165,20 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if self._outbox:
+        if self._reason is not None:
+            self._transport.abort()
+        elif self._closing:
+            self.close()
+        elif self._outbox:
             self._loop.call_soon(self._flush)
 
     def data_received(self, data: bytes) -> None:
         try:
             for body in self._reader.feed(data):
-                for message in self._decoder.decode(body):
-                    self._dispatch(message)
-        except (FrameError, msgspec.DecodeError, msgspec.ValidationError) as exc:
+                for message in decode_frame(self._decoder, body):
+                    if self._reason is None:
+                        self._dispatch(message)
+        except FrameError as exc:
             logger.error("closing a connection that broke the protocol peer=%s error=%s", self.peer_name, exc)
             self.abort(exc)
 
@@ -204,7 +231,7 @@ async def _read_message(loop: asyncio.AbstractEventLoop, sock: socket.socket) ->
     (size,) = _LENGTH.unpack(await exactly(4))
     if size > MAX_HANDSHAKE_BYTES:
         raise FrameError("the peer does not speak shoal's protocol")
-    messages = handshake_decoder.decode(await exactly(size))
+    messages = decode_frame(handshake_decoder, await exactly(size))
     if len(messages) != 1:
         raise FrameError("a handshake frame holds one message")
     return cast(Message, messages[0])
@@ -249,24 +276,44 @@ class Listener:
         self._name = name
         self._admit = admit
         self._route = route
-        self._strangers = asyncio.Semaphore(MAX_STRANGERS)
+        self._strangers: dict[socket.socket, tuple[float, asyncio.Task[None]]] = {}  # the one that came first is first
+        self._one_less = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._acceptor = asyncio.get_running_loop().create_task(self._accept(), name=f"accept-{name}")
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
+        trouble = ""
         while True:
-            await self._strangers.acquire()
+            while len(self._strangers) >= MAX_STRANGERS:
+                await self._make_room()
             try:
                 sock, _ = await loop.sock_accept(self._sock)
             except OSError as exc:  # out of file descriptors, or the peer went away in the queue
-                self._strangers.release()
-                logger.warning("accept failed: %s", exc)
-                await asyncio.sleep(0.05)  # not a signal to wait for: the kernel has none for "descriptors are free again"
+                if trouble != str(exc):
+                    trouble = str(exc)
+                    logger.warning("cannot accept connections at %s: %s", self._name, exc)
+                # Not a signal to wait for: the kernel has none for "descriptors are free again".
+                await asyncio.sleep(ACCEPT_AGAIN_S)
                 continue
+            trouble = ""
             task = loop.create_task(self._meet(sock), name="handshake")
+            self._strangers[sock] = (loop.time(), task)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    async def _make_room(self) -> None:
+        """Wait until there is one stranger less; when that takes long, send away the one that came first."""
+        sock, (came_at, task) = next(iter(self._strangers.items()))
+        left_s = came_at + STRANGER_PATIENCE_S - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            del self._strangers[sock]
+            task.cancel()
+            return
+        self._one_less.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left_s):
+                await self._one_less.wait()
 
     async def _meet(self, sock: socket.socket) -> None:
         taken = False
@@ -276,11 +323,12 @@ class Listener:
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                     hello = await _welcome(sock, self._token, self._name, self._admit)
             finally:
-                self._strangers.release()
+                self._strangers.pop(sock, None)
+                self._one_less.set()
             if hello is not None:
                 taken = True
                 await self._route(sock, hello)
-        except (OSError, TimeoutError, FrameError, msgspec.DecodeError, msgspec.ValidationError, ShoalError) as exc:
+        except (OSError, TimeoutError, FrameError, ShoalError) as exc:
             logger.info("a connection ended in its handshake: %s", exc)
         finally:
             if not taken:
@@ -300,11 +348,17 @@ async def attach(connection: Connection, sock: socket.socket) -> None:
 
 
 async def listen_local(
-    path: str, token: bytes, messages: Any, accept: Callable[[Connection, Hello], None], *, name: str, handoff: bool = False
+    path: str,
+    token: bytes,
+    messages: Any,
+    accept: Callable[[Connection, Hello], None],
+    *,
+    name: str,
+    handoff: bool = False,
 ) -> Listener:
-    """Serve a Unix socket: `accept(connection, hello)` is called for each authenticated connection and sets its handlers.
+    """Serve a Unix socket: `accept(connection, hello)` is called for each authentic connection and sets its handlers.
 
-    With `handoff`, connections that an agent accepted for this process arrive here too (see `sockets.hand_over`).
+    With `handoff`, connections that an agent accepted for this process arrive here too (see `hand_over`).
     """
     decoder = make_decoder(messages)
 
@@ -324,29 +378,73 @@ async def listen_local(
     return Listener(listen_unix(path), token, name, lambda _: None, route)
 
 
-async def open_plain(address: str, token: bytes, *, target: str, name: str, timeout_s: float) -> tuple[socket.socket, str]:
-    """A connected, authenticated, non-blocking socket and the peer's name; errors as in `connect`."""
+async def hand_over(sock: socket.socket, path: str, token: bytes, hello: Hello) -> None:
+    """Pass the authenticated connection `sock` to the process that listens at Unix socket `path`; closes it here.
+
+    That process may run user code that keeps it busy for a while: a task waits for it here, never a thread.
+
+    Raises:
+        ClusterConnectionError, OSError: the process is gone, or did not take it in time.
+    """
+    with sock:
+        carrier, _ = await open_plain(
+            f"unix:{path}", token, target=HANDOFF, name=hello.name, timeout_s=HANDOVER_TIMEOUT_S
+        )
+        with carrier:
+            send_handed_over(carrier, sock, hello)
+
+
+async def _open_unix(path: str) -> socket.socket:
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.connect(path)
+            return sock
+        except BlockingIOError:  # its queue of connections is full, and the kernel does not say when it has room again
+            sock.close()
+            await asyncio.sleep(CONNECT_AGAIN_S)
+        except BaseException:
+            sock.close()
+            raise
+
+
+async def _open_tcp(address: str) -> socket.socket:
+    """To the first address of the name that answers: "localhost" may be ::1 first, and the node listen on 127.0.0.1."""
     loop = asyncio.get_running_loop()
+    host, port = split_address(address)
+    infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for number, (family, kind, protocol, _, where) in enumerate(infos, 1):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, where)
+            return sock
+        except OSError:
+            sock.close()
+            if number == len(infos):
+                raise
+        except BaseException:
+            sock.close()
+            raise
+    raise OSError(f"{join_address(host, port)} has no address")
+
+
+async def open_plain(
+    address: str, token: bytes, *, target: str, name: str, timeout_s: float
+) -> tuple[socket.socket, str]:
+    """A connected, authenticated, non-blocking socket and the peer's name; errors as in `connect`."""
     sock: socket.socket | None = None
     try:
         async with asyncio.timeout(timeout_s):
-            if address.startswith("unix:"):
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                sock.setblocking(False)
-                await loop.sock_connect(sock, address[5:])
-            else:
-                host, port = split_address(address)
-                infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                sock = socket.socket(infos[0][0], socket.SOCK_STREAM)
-                sock.setblocking(False)
-                await loop.sock_connect(sock, infos[0][4])
+            sock = await (_open_unix(address[5:]) if address.startswith("unix:") else _open_tcp(address))
             tune(sock)
             return sock, await shake_hands(sock, token, target, name)
     except (AuthenticationError, ShoalError, asyncio.CancelledError):
         if sock is not None:
             sock.close()
         raise
-    except (OSError, TimeoutError, FrameError, msgspec.DecodeError, msgspec.ValidationError) as exc:
+    except (OSError, TimeoutError, FrameError) as exc:
         if sock is not None:
             sock.close()
         if isinstance(exc, TimeoutError):

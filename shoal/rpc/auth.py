@@ -33,8 +33,8 @@ _encode_facts = msgspec.msgpack.Encoder().encode
 
 
 def _proof(token: bytes, role: bytes, hello: Hello, server_nonce: bytes) -> bytes:
-    # Exactly these facts, each with its length, and not the Hello as it was sent: a neighbouring version may add a field
-    # to it that this one does not see.
+    # Exactly these facts, each with its length, and not the Hello as it was sent: a neighbouring version may add a
+    # field to it that this one does not see.
     facts = (role, server_nonce, hello.protocol, hello.version, hello.nonce, hello.target, hello.name)
     return hmac.digest(token, _encode_facts(facts), "sha256")
 
@@ -62,7 +62,7 @@ class ClientHandshake:
     def receive(self, message: Message) -> bytes:
         """Raises AuthenticationError (wrong token), ShoalError (refused for another reason)."""
         match message:
-            case Challenge():
+            case Challenge() if not self.proved:
                 wrong = _check_protocol(PROTOCOL_VERSION, message.protocol, message.version)
                 if wrong is not None:
                     raise ShoalError(f"cannot talk to this cluster: {wrong}")
@@ -74,7 +74,7 @@ class ClientHandshake:
                     )
                 self.proved = True
                 return join_frame([encode_message(Proof(_proof(self._token, b"client", self._hello, message.nonce)))])
-            case Welcome():
+            case Welcome() if self.proved:  # else anybody could open a connection by just saying so
                 self.done = True
                 self.peer_name = message.name
                 return b""

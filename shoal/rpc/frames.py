@@ -54,6 +54,18 @@ def make_decoder(messages: Any) -> msgspec.msgpack.Decoder[list[Any]]:
     return msgspec.msgpack.Decoder(list[messages])
 
 
+def decode_frame(decoder: msgspec.msgpack.Decoder[list[Any]], body: memoryview | bytes) -> list[Any]:
+    """The messages in one frame's body.
+
+    Raises:
+        FrameError: it does not hold messages that `decoder` knows.
+    """
+    try:
+        return decoder.decode(body)
+    except (ValueError, RecursionError) as exc:  # msgspec's own are ValueErrors, and so is text that is not UTF-8
+        raise FrameError(f"not a message that is expected here: {exc}") from exc
+
+
 class FrameReader:
     """Cuts a stream of bytes into frame bodies; `feed` never copies a frame that arrived whole."""
 

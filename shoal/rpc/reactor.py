@@ -12,6 +12,7 @@ every send and makes Ctrl-C unsafe).
 from __future__ import annotations
 
 import collections
+import errno
 import heapq
 import itertools
 import logging
@@ -21,23 +22,25 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from shoal.exceptions import AuthenticationError, ClusterConnectionError, ShoalError
 from shoal.rpc.auth import Admit, ClientHandshake, ServerHandshake, handshake_decoder
-from shoal.rpc.frames import FrameError, FrameReader, encode_message, join_frame
+from shoal.rpc.frames import FrameError, FrameReader, check_size, decode_frame, encode_message, join_frame
 from shoal.rpc.messages import MAX_HANDSHAKE_BYTES, Failed, Hello, Message, Reply, Request
 from shoal.rpc.sockets import HANDOFF, listen_unix, receive_handed_over, split_address, tune
 
 logger = logging.getLogger(__name__)
 
-_READ_BYTES = 1 << 18
-_READS_PER_ROUND = 16
+_READ_BYTES: Final = 1 << 18
+_READS_PER_ROUND: Final = 16
 """So that one busy peer cannot keep the others waiting for long."""
-_CALLS_PER_ROUND = 10_000
+_CALLS_PER_ROUND: Final = 10_000
 _HANDSHAKE_TIMEOUT_S = 10.0
+_AGAIN_S: Final = 0.02
+"""Between attempts where the kernel has no signal: a listener's full queue, and no descriptors left."""
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 
 
@@ -63,11 +66,12 @@ class Reactor:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake_fd, IN)
         self._io: dict[int, Callable[[int], None]] = {}
-        self._calls: collections.deque[tuple[Callable[..., object], tuple[Any, ...]]] = collections.deque()
+        self.calls: collections.deque[tuple[Callable[..., object], tuple[Any, ...]]] = collections.deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
-        self._awake = False
+        self.awake = False
         self._stopped = False
+        self.ended = False  # what comes in by `call_soon` from now on is dropped
         self.dirty: list[Channel] = []
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -75,19 +79,22 @@ class Reactor:
         self.thread.start()
 
     def call_soon(self, call: Callable[..., object], *args: Any) -> None:
-        """Run `call(*args)` on the reactor's thread, in the order of the appends. From any thread, and from `__del__`."""
-        self._calls.append((call, args))
-        if not self._awake:
+        """Run `call(*args)` on the reactor's thread, in the order of the appends. From any thread, and from `__del__`.
+
+        Dropped when the reactor has ended: who waits for an answer looks at `ended` after calling this.
+        """
+        self.calls.append((call, args))
+        if not self.awake:
             self.wake()
 
     def wake(self) -> None:
         """Make the reactor look at its calls. From any thread."""
-        self._awake = True
         try:
+            self.awake = True
             os.eventfd_write(self._wake_fd, 1)
-        except OSError:
-            if not self._stopped:
-                raise
+        except BaseException:  # a Ctrl-C in between: nobody would ever wake a reactor that seems to be awake
+            self.awake = False
+            raise
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer:
         timer = Timer(time.monotonic() + delay_s, call)
@@ -95,9 +102,15 @@ class Reactor:
         return timer
 
     def stop(self) -> None:
-        """End the loop after the current round and close what it holds. From any thread."""
+        """End the loop when what was called before this is done, and close what it holds. From any thread."""
+        self.call_soon(self._end)
+
+    def _end(self) -> None:
         self._stopped = True
-        self.wake()
+
+    def descriptors(self) -> list[int]:
+        """All that are open in here, for a forked child that must let go of them."""
+        return [] if self.ended else [self._wake_fd, self._epoll.fileno(), *self._io]
 
     def register(self, fd: int, handler: Callable[[int], None], events: int = IN) -> None:
         self._io[fd] = handler
@@ -111,7 +124,7 @@ class Reactor:
             self._epoll.unregister(fd)
 
     def _run(self) -> None:
-        calls, io, dirty = self._calls, self._io, self.dirty
+        calls, io, dirty = self.calls, self._io, self.dirty
         while not self._stopped:
             timeout = -1.0
             if calls or dirty:
@@ -119,7 +132,7 @@ class Reactor:
             elif self._timers:
                 timeout = max(0.0, self._timers[0][0] - time.monotonic())
             events = self._epoll.poll(timeout)
-            self._awake = True  # whoever appends from here on is seen in this round: no need for a system call
+            self.awake = True  # whoever appends from here on is seen in this round: no need for a system call
             for fd, mask in events:
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
@@ -132,15 +145,20 @@ class Reactor:
                     break
                 call, args = calls.popleft()
                 self._guard(call, *args)
+                del call, args  # a sleeping loop must not keep alive what it called last
             if self._timers:
                 self._run_timers()
             while dirty:
                 channel = dirty.pop()
                 channel.marked = False
-                channel.flush()
-            self._awake = False
-            # An append that saw `_awake` set after the last look at `calls` is caught by the timeout of 0 above.
+                self._guard(channel.flush)
+            self.awake = False
+            # An append that saw `awake` set after the last look at `calls` is caught by the timeout of 0 above.
         self._close()
+
+    def __del__(self) -> None:
+        # Not when the loop ends: a thread on its way into `wake` would write into whatever file got the number next.
+        os.close(self._wake_fd)
 
     def _run_timers(self) -> None:
         now = time.monotonic()
@@ -157,10 +175,14 @@ class Reactor:
             logger.exception("reactor=%s handler failed", self._name)
 
     def _close(self) -> None:
+        self.ended = self.awake = True
+        while self.calls:  # of threads that did not know yet; whoever waits for an answer gets it
+            call, args = self.calls.popleft()
+            self._guard(call, *args)
         for fd in list(self._io):
             self.unregister(fd)
         self._epoll.close()
-        os.close(self._wake_fd)
+        self._timers.clear()
 
 
 class Channel:
@@ -199,12 +221,15 @@ class Channel:
         self._handshake: ClientHandshake | ServerHandshake | None = None
         self._opened: Callable[[Channel, Hello | None], None] | None = None
         self._deadline: Timer | None = None
+        self._address = ""  # where `connect` was told to go
+        self._failed: OSError | None = None  # of a write
 
     # ------------------------------------------------------------------------------------------------- opening
 
     def connect(self, address: str, token: bytes, target: str, name: str) -> None:
-        """Begin to connect; messages may be sent at once and leave when the connection is open. Failure comes to `on_close`."""
+        """Begin to connect; messages may be sent at once, and leave when it is open. Failure comes to `on_close`."""
         handshake = ClientHandshake(token, target, name)
+        self._address = address.removeprefix("unix:")
         try:
             if address.startswith("unix:"):
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -214,24 +239,41 @@ class Channel:
                 info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
                 sock, where = socket.socket(info[0], socket.SOCK_STREAM), info[4]
         except (OSError, ShoalError) as exc:
-            error = exc  # bound here: `exc` is gone when the call runs
-            self.reactor.call_soon(lambda: self.close(ClusterConnectionError(f"cannot connect to {address}: {error}")))
+            # Not at once: the caller is not ready to hear it.
+            self.reactor.call_soon(self.close, self._unreachable(exc))
             return
         tune(sock)
-        result = sock.connect_ex(where)
-        if result not in (0, 11, 115):  # EAGAIN, EINPROGRESS
-            sock.close()
-            error = ClusterConnectionError(f"cannot connect to {address.removeprefix('unix:')}: {os.strerror(result)}")
-            self.reactor.call_soon(lambda: self.close(error))
-            return
-        self._start(sock, handshake)
-        self._unsent = memoryview(handshake.start())
-        self.flush()
+        self._set_deadline()
+        self._try_connect(sock, where, handshake)
 
-    def accept(self, sock: socket.socket, token: bytes, name: str, admit: Admit, opened: Callable[[Channel, Hello | None], None]) -> None:  # fmt: skip
+    def _try_connect(self, sock: socket.socket, where: Any, handshake: ClientHandshake) -> None:
+        result = sock.connect_ex(where) if not self.closed else errno.ECANCELED
+        if result == errno.EAGAIN:  # a Unix socket whose queue of connections is full: nothing has begun
+            self.reactor.call_later(_AGAIN_S, lambda: self._try_connect(sock, where, handshake))
+        elif result in (0, errno.EINPROGRESS):
+            self._start(sock, handshake)
+            self._unsent = memoryview(handshake.start())
+            self.flush()
+        else:
+            sock.close()
+            self.reactor.call_soon(self.close, self._unreachable(OSError(result, os.strerror(result))))
+
+    def _unreachable(self, error: Exception | str) -> ClusterConnectionError:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return ClusterConnectionError(f"cannot connect to {self._address or 'a peer'}: {text}")
+
+    def accept(
+        self,
+        sock: socket.socket,
+        token: bytes,
+        name: str,
+        admit: Admit,
+        opened: Callable[[Channel, Hello | None], None],
+    ) -> None:
         """Begin the server's side of a handshake; `opened(self, hello)` is called when the peer is authentic."""
         tune(sock)
         self._opened = opened
+        self._set_deadline()
         self._start(sock, ServerHandshake(token, name, admit))
 
     def adopt(self, sock: socket.socket) -> None:
@@ -243,16 +285,19 @@ class Channel:
     def _start(self, sock: socket.socket, handshake: ClientHandshake | ServerHandshake | None) -> None:
         self._sock = sock
         self._handshake = handshake
-        if handshake is not None:
-            self._deadline = self.reactor.call_later(
-                _HANDSHAKE_TIMEOUT_S, lambda: self.close(ClusterConnectionError("the handshake took too long"))
-            )
         self.reactor.register(sock.fileno(), self._ready, IN)
+
+    def _set_deadline(self) -> None:
+        who = f" with {self._address}" if self._address else ""
+        late = ClusterConnectionError(f"the handshake{who} was not done within {_HANDSHAKE_TIMEOUT_S:.0f} s")
+        self._deadline = self.reactor.call_later(_HANDSHAKE_TIMEOUT_S, lambda: self.close(late))
 
     def take_socket(self) -> socket.socket:
         """Stop speaking and give the socket away (it carries something else from now on)."""
         sock = self._sock
         assert sock is not None
+        if self._deadline is not None:
+            self._deadline.cancel()
         self.reactor.unregister(sock.fileno())
         self._sock, self.closed = None, True
         return sock
@@ -263,23 +308,34 @@ class Channel:
         self.send_encoded(encode_message(message))
 
     def send_encoded(self, message: bytes) -> None:
-        """Queue one encoded message; it leaves at the end of the reactor's round. Dropped when closed."""
+        """Queue one encoded message; it leaves at the end of the reactor's round. Dropped when closed.
+
+        Raises:
+            FrameError: it is longer than any frame may be; nothing was sent.
+        """
         if self.closed:
             return
+        if len(message) > _READ_BYTES:
+            check_size(message)
         self._outbox.append(message)
         if not self.marked:
             self.marked = True
             self.reactor.dirty.append(self)
 
     def request(self, message: Request, answered: Callable[[Any], None]) -> int:
-        """Send; `answered(reply)` is called once, with `Failed` (kind "closed") if the connection ends first."""
+        """Send; `answered(reply)` is called once, with `Failed` (kind "closed") if the connection ends first, or (kind
+        "too_large") if the message is longer than any frame may be."""
         rid = next(self._rids)
         msgspec.structs.force_setattr(message, "rid", rid)
         if self.closed:
             self.reactor.call_soon(answered, Failed(rid, "closed", "the connection is closed"))
             return rid
         self._requests[rid] = answered
-        self.send(message)
+        try:
+            self.send(message)
+        except FrameError as exc:
+            del self._requests[rid]
+            self.reactor.call_soon(answered, Failed(rid, "too_large", str(exc)))
         return rid
 
     def forget(self, rid: int) -> bool:
@@ -293,6 +349,8 @@ class Channel:
 
     def post(self, message: bytes) -> None:
         """Queue one encoded message from any thread, without waking anybody: `flush_here` or the reactor sends it."""
+        if len(message) > _READ_BYTES:
+            check_size(message)
         self._outbox.append(message)
 
     def flush_here(self) -> None:
@@ -307,6 +365,11 @@ class Channel:
             try:
                 if not self._write():
                     return
+            except BaseException:
+                # A signal handler of the user's raised here: nobody knows how much of the frame was sent.
+                reason = ClusterConnectionError("interrupted in the middle of a write")
+                self.reactor.call_soon(self.close, reason)
+                raise
             finally:
                 self._write_lock.release()
 
@@ -321,15 +384,15 @@ class Channel:
             del self._outbox[:count]
             try:
                 self._unsent = memoryview(join_frame(messages))
-            except FrameError:
-                # Too much for one frame: send the first alone (it is too large itself if this raises), the rest after it.
+            except FrameError:  # too much for one frame; each alone fits
                 self._outbox[:0] = messages[1:]
                 self._unsent = memoryview(join_frame(messages[:1]))
         try:
             sent = sock.send(self._unsent)
         except BlockingIOError:
             sent = 0
-        except OSError:
+        except OSError as exc:
+            self._failed = exc
             self._unsent = None
             self.reactor.call_soon(self._ready, IN)  # reading finds out why, on the reactor's thread
             return False
@@ -382,18 +445,27 @@ class Channel:
     def _take(self, data: bytes) -> None:
         try:
             for body in self._reader.feed(data):
-                for message in self._decoder.decode(body):
-                    if isinstance(message, Reply):
-                        answered = self._requests.pop(message.rid, None)
-                        if answered is not None:
-                            answered(message)
-                    else:
-                        self.on_message(self, message)
+                for message in decode_frame(self._decoder, body):
+                    self._dispatch(message)
                     if self.closed:
                         return
-        except (FrameError, msgspec.DecodeError, msgspec.ValidationError) as exc:
+        except FrameError as exc:
             logger.error("closing a connection that broke the protocol peer=%s error=%s", self.peer_name, exc)
             self.close(exc)
+
+    def _dispatch(self, message: Any) -> None:
+        try:
+            if isinstance(message, Reply):
+                answered = self._requests.pop(message.rid, None)
+                if answered is not None:
+                    answered(message)
+            else:
+                self.on_message(self, message)
+        except Exception as exc:
+            # A bug in one handler must not swallow the messages that came behind this one.
+            logger.exception("handler failed peer=%s message=%s", self.peer_name, type(message).__name__)
+            if isinstance(message, Request):
+                self.reply(message, Failed(kind="internal", text=f"{type(exc).__name__}: {exc}"))
 
     def _shake(self, sock: socket.socket) -> bool:
         """Take one handshake message if it is there. False when there is nothing more to read now."""
@@ -402,7 +474,7 @@ class Channel:
         try:
             head = sock.recv(4 + MAX_HANDSHAKE_BYTES, socket.MSG_PEEK)
             if not head:
-                self.close(ClusterConnectionError("the peer closed the connection during the handshake"))
+                self.close(self._unreachable(self._failed or "it closed the connection during the handshake"))
                 return False
             if len(head) < 4:
                 return False
@@ -411,12 +483,15 @@ class Channel:
                 raise FrameError("the peer does not speak shoal's protocol")
             if len(head) < 4 + size:
                 return False
-            messages = handshake_decoder.decode(sock.recv(4 + size)[4:])
-            answer = handshake.receive(messages[0])
+            [message] = decode_frame(handshake_decoder, sock.recv(4 + size)[4:])
+            answer = handshake.receive(message)
         except BlockingIOError:
             return False
-        except (OSError, FrameError, IndexError, msgspec.DecodeError, msgspec.ValidationError, ShoalError) as exc:
+        except (FrameError, ValueError, ShoalError) as exc:  # ValueError: not exactly one message
             self.close(exc)
+            return False
+        except OSError as exc:
+            self.close(self._unreachable(exc))
             return False
         if answer:
             self._unsent = memoryview(answer if self._unsent is None else bytes(self._unsent) + answer)
@@ -465,7 +540,7 @@ class Channel:
 
 
 class Acceptor:
-    """A listening Unix socket of a worker: peers of this node connect, and the agent hands over those of other nodes."""
+    """A listening Unix socket of a worker: peers of this node connect, and its agent hands over those of others."""
 
     def __init__(
         self,
@@ -490,10 +565,20 @@ class Acceptor:
                 sock, _ = self._sock.accept()
             except BlockingIOError:
                 return
-            except OSError as exc:
-                logger.warning("accept failed: %s", exc)
+            except OSError as exc:  # out of file descriptors, or the peer went away in the queue
+                logger.warning("cannot accept connections at %s: %s", self._name, exc)
+                self._pause()
                 return
             self._make_channel().accept(sock, self._token, self._name, lambda _: None, self._opened)
+
+    def _pause(self) -> None:
+        """The listener stays readable as long as somebody waits: look away for a moment instead of spinning."""
+        self._reactor.unregister(self._sock.fileno())
+        self._reactor.call_later(_AGAIN_S, self._resume)
+
+    def _resume(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._reactor.register(self._sock.fileno(), self._accept)
 
     def _opened(self, channel: Channel, hello: Hello | None) -> None:
         assert hello is not None
@@ -504,17 +589,23 @@ class Acceptor:
         self._reactor.register(carrier.fileno(), lambda _: self._receive(carrier))
 
     def _receive(self, carrier: socket.socket) -> None:
-        self._reactor.unregister(carrier.fileno())
-        with carrier:
-            try:
-                sock, hello = receive_handed_over(carrier)
-            except (OSError, FrameError) as exc:
-                logger.warning("a connection was lost while it was handed over: %s", exc)
-                return
+        try:
+            sock, hello = receive_handed_over(carrier)
+        except BlockingIOError:
+            return  # an event of this round that was for a descriptor with the same number before
+        except (OSError, FrameError) as exc:
+            logger.warning("a connection was lost while it was handed over: %s", exc)
+            self._drop(carrier)
+            return
+        self._drop(carrier)
         channel = self._make_channel()
         channel.peer_name = hello.name
         channel.adopt(sock)
         self._notify(channel, hello)
+
+    def _drop(self, carrier: socket.socket) -> None:
+        self._reactor.unregister(carrier.fileno())
+        carrier.close()
 
     def close(self) -> None:
         self._reactor.unregister(self._sock.fileno())

@@ -12,13 +12,14 @@ import struct
 
 from shoal.exceptions import ShoalError
 from shoal.rpc.auth import ClientHandshake, handshake_decoder
-from shoal.rpc.frames import FrameError, FrameReader, encode_message, join_frame
+from shoal.rpc.frames import FrameError, FrameReader, decode_frame, encode_message, join_frame
 from shoal.rpc.messages import MAX_HANDSHAKE_BYTES, Hello, Message
 
 HANDOFF = "handoff"
 """Target of the short connection over which an agent passes an accepted socket to another process of its node."""
 
 _LENGTH = struct.Struct("<I")
+_FD = struct.Struct("@i")
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -114,7 +115,7 @@ def read_handshake_message(sock: socket.socket) -> Message:
     (size,) = _LENGTH.unpack(_read_exactly(sock, 4))
     if size > MAX_HANDSHAKE_BYTES:
         raise FrameError("the peer does not speak shoal's protocol")
-    messages = handshake_decoder.decode(_read_exactly(sock, size))
+    messages = decode_frame(handshake_decoder, _read_exactly(sock, size))
     if len(messages) != 1:
         raise FrameError("a handshake frame holds one message")
     message: Message = messages[0]
@@ -150,14 +151,17 @@ def receive_handed_over(carrier: socket.socket) -> tuple[socket.socket, Hello]:
     Raises:
         FrameError, OSError: no socket came.
     """
-    # Without the flag, programs that user code starts would hold the connection open after this process has ended.
-    data, fds, _, _ = socket.recv_fds(carrier, MAX_HANDSHAKE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-    if not fds:
+    # Without the flag (which `socket.recv_fds` takes but does not use), programs that user code starts would hold the
+    # connection open after this process has ended.
+    room, flag = socket.CMSG_LEN(_FD.size), socket.MSG_CMSG_CLOEXEC
+    data, extras, _, _ = carrier.recvmsg(MAX_HANDSHAKE_BYTES, room, flag)
+    fds = [value for level, kind, value in extras if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)]
+    if not fds or len(fds[0]) < _FD.size:
         raise FrameError("a handoff connection carried no socket")
-    sock = socket.socket(fileno=fds[0])
+    sock = socket.socket(fileno=_FD.unpack_from(fds[0])[0])
     try:
         for body in FrameReader(MAX_HANDSHAKE_BYTES).feed(data):
-            for message in handshake_decoder.decode(body):
+            for message in decode_frame(handshake_decoder, body):
                 if isinstance(message, Hello):
                     return sock, message
         raise FrameError("a handoff connection carried no Hello")

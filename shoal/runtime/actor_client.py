@@ -11,7 +11,9 @@ from __future__ import annotations
 import collections
 import logging
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -19,7 +21,7 @@ import msgspec
 from shoal import exceptions
 from shoal.control import messages as control
 from shoal.control.messages import FUNCTIONS, ActorInfo, ActorSpec
-from shoal.node.messages import ERROR, INLINE, ObjectState, WorkerAddress
+from shoal.node.messages import ERROR, INLINE, LOST, ObjectState, WorkerAddress
 from shoal.objects.ids import actor_object_id, function_id, new_actor_id
 from shoal.objects.serialization import deserialize, serialize
 from shoal.rpc.messages import Failed
@@ -35,11 +37,18 @@ logger = logging.getLogger(__name__)
 
 WINDOW: Final = 10_000
 """Calls sent and not answered, per caller and actor; more wait here rather than in the actor's memory."""
+ASYNC_CONCURRENCY: Final = 1000
+"""Calls of an async actor that run at a time, when the class does not say."""
 REDIAL_S: Final = 1.0
+LAST_WORDS_S: Final = 1.0
+"""How long after the news of an actor's end its connection may take to end too; results may still be on it."""
+UNKNOWN_S: Final = 3.0
+"""How long control may not know an actor whose handle is here already: its creator's message takes another way."""
+UNKNOWN_AGAIN_S: Final = 0.1
 
 
 class ActorOptions(msgspec.Struct, array_like=True, frozen=True):
-    """`ActorSpec.options`: what the worker needs to run the actor."""
+    """`ActorSpec.options`: what the worker needs to run the actor. `max_concurrency` is at least 1."""
 
     is_async: bool
     max_concurrency: int
@@ -67,14 +76,20 @@ class Client:
         self.ref: ObjectRef[Any] = ObjectRef(actor_object_id(actor_id), home, owned=False)  # type: ignore[arg-type]
         self.info = ActorInfo(actor_id, "pending")
         self._queue: collections.deque[TaskRun] = collections.deque()
+        self._parked: dict[int, TaskRun] = {}  # by counter: waits for arguments, and holds nobody up (see `any_order`)
         self._link: WorkerLink | None = None
         self._asked = False
-        self.arguments: Any = None  # what the constructor was given, for this process to keep alive
+        self._unknown_since = 0.0
         self._unsure: list[TaskRun] = []  # sent over a connection that broke: control says what became of the actor
 
     @property
     def actor_id(self) -> bytes:
         return self._actor_id
+
+    @property
+    def any_order(self) -> bool:
+        """Calls may overtake each other: those whose arguments are not ready need not hold up the rest."""
+        return self.info.max_concurrency > 1
 
     def location(self) -> tuple[bytes, bytes, bool]:
         return self._actor_id, self.ref.home, self.weak
@@ -102,18 +117,27 @@ class Client:
         if run.dependencies is None:
             self.pump()
 
+    def follow(self) -> None:
+        """Control tells this process of the actor's life without being asked: it has just been created from here."""
+        self._asked = True
+
     def watch(self) -> None:
         """Follow the actor's life."""
         self._asked = True
         self._runtime.mail_control(control.WatchActor(actor_id=self._actor_id), self._watched)
 
     def _watched(self, reply: Any) -> None:
-        if isinstance(reply, Failed):
-            if reply.kind == "closed":
-                return  # everything fails at once elsewhere
-            self.update(ActorInfo(self._actor_id, "dead", kind="unknown", cause=reply.text))
-        else:
+        if not isinstance(reply, Failed):
             self.update(reply.actor)
+            return
+        if reply.kind == "closed":
+            return  # everything fails at once elsewhere
+        now = time.monotonic()
+        self._unknown_since = self._unknown_since or now
+        if reply.kind == "not_found" and now - self._unknown_since < UNKNOWN_S:
+            self._runtime.reactor.call_later(UNKNOWN_AGAIN_S, self.watch)
+        else:
+            self.update(ActorInfo(self._actor_id, "dead", kind="unknown", cause=reply.text))
 
     def update(self, info: ActorInfo) -> None:
         """What control says of the actor now."""
@@ -124,11 +148,12 @@ class Client:
                     self._connect(info)
             case "restarting" | "pending":
                 if info.incarnation != before.incarnation or before.state == "alive":
-                    self._lose_link()
-                self._retry_or_fail()
+                    self._await_last_words()
+                else:
+                    self._retry_or_fail()
             case "dead":
-                self._lose_link()
-                self._fail_all()
+                self._await_last_words()
+                self._fail_unsent()
 
     def _connect(self, info: ActorInfo) -> None:
         self._lose_link()
@@ -138,12 +163,34 @@ class Client:
         self._link.use_for(self)
         self.pump()
 
+    def _await_last_words(self) -> None:
+        """The process has ended or is about to: results that it sent are on the connection, which ends after them."""
+        link = self._link
+        if link is None or link.closed or not link.running:
+            self._lose_link()
+            self._settle_unsure()
+        else:
+            self._runtime.reactor.call_later(LAST_WORDS_S, lambda: self._cut_off(link))
+
+    def _cut_off(self, link: WorkerLink) -> None:
+        if self._link is link and self.info.state != "alive":
+            self._lose_link()
+            self._settle_unsure()
+
     def _lose_link(self) -> None:
         link, self._link = self._link, None
         if link is not None:
             self._unsure.extend(link.running.values())
             link.running.clear()
             link.close()
+
+    def _settle_unsure(self) -> None:
+        """What becomes of calls whose process is gone, by what control has said of the actor."""
+        if self.info.state == "dead":
+            self._fail(self._unsure)
+            self._unsure = []
+        elif self.info.state != "alive":
+            self._retry_or_fail()
 
     def _retry_or_fail(self) -> None:
         """Calls that an incarnation took with it: again, if their retries allow, in front and in order; else they fail."""
@@ -160,11 +207,15 @@ class Client:
             again.append(run)
         self._queue.extendleft(reversed(again))
 
-    def _fail_all(self) -> None:
-        failed = [*self._unsure, *self._queue]
-        self._unsure, self._queue = [], collections.deque()
-        death = self._death() if failed else None
-        for run in failed:
+    def _fail_unsent(self) -> None:
+        failed = [*self._queue, *self._parked.values()]
+        self._queue.clear()
+        self._parked.clear()
+        self._fail(failed)
+
+    def _fail(self, runs: list[TaskRun]) -> None:
+        death = self._death() if runs else None
+        for run in runs:
             assert death is not None
             run.client = None
             self._runtime.fail(run, death)
@@ -191,12 +242,23 @@ class Client:
         while queue and len(link.running) < WINDOW:
             run = queue[0]
             if run.stage == "arguments":
-                return
+                if not self.any_order:
+                    return
+                self._parked[queue.popleft().counter] = run
+                continue
             queue.popleft()
             link.send(run)
 
+    def arguments_ready(self, run: TaskRun) -> None:
+        """What the call waited for is here."""
+        if self._parked.pop(run.counter, None) is not None:
+            self._queue.append(run)
+        self.pump()
+
     def withdraw(self, run: TaskRun) -> None:
         """The call has failed before it was sent."""
+        if self._parked.pop(run.counter, None) is not None:
+            return
         try:
             self._queue.remove(run)
         except ValueError:
@@ -218,6 +280,9 @@ class Client:
         self._unsure.extend(link.running.values())
         link.running.clear()
         logger.debug("lost actor=%s: %s", self._actor_id.hex(), reason)
+        if self.info.state != "alive":
+            self._settle_unsure()
+            return
         # Control hears of the worker's end from its agent. If it was only the connection, dial again.
         self._runtime.reactor.call_later(REDIAL_S, self._redial)
 
@@ -244,6 +309,7 @@ class ActorManager:
         self._clients: weakref.WeakValueDictionary[bytes, Client] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
         self._shipped: set[bytes] = set()
+        self._arguments: dict[bytes, Any] = {}  # by actor: what its constructor needs, or may need again
 
     def create(
         self, template: ActorTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -261,12 +327,13 @@ class ActorManager:
         detached = template.detached
         if detached is None:
             detached = runtime.job.default_lifetime == "detached"
+        concurrency = template.max_concurrency or (ASYNC_CONCURRENCY if template.is_async else 1)
         spec = ActorSpec(
             actor_id, runtime.job_id, runtime.worker_id, runtime.node_id, template.cls.__name__, class_id, b"",
             template.resources, template.placement, template.strategy, template.name or "",
             runtime.job.namespace if template.namespace is None else template.namespace, detached, template.max_restarts,
-            template.max_task_retries, template.max_concurrency, template.env_vars, template.handle,
-            msgspec.msgpack.encode(ActorOptions(template.is_async, template.max_concurrency, runtime.depth)),
+            template.max_task_retries, concurrency, template.env_vars, template.handle,
+            msgspec.msgpack.encode(ActorOptions(template.is_async, concurrency, runtime.depth)),
         )  # fmt: skip
         client = Client(self, actor_id, runtime.node_id, weak=detached, label=template.cls.__name__)
         creation = _Creation(self, client, spec, run, blob)
@@ -280,9 +347,7 @@ class ActorManager:
         return client, template.handle
 
     def _bind(self, template: ActorTemplate) -> tuple[CoreRuntime, bytes, bytes]:
-        packed = serialize(template.cls, what=f"the class {template.cls.__name__}")
-        blob = packed.flatten()
-        self.runtime.keep_for_good(self.runtime.contained_refs(packed))
+        blob = self.runtime.pack_code(template.cls, f"the class {template.cls.__name__}")
         return self.runtime, bytes(function_id(blob)), blob
 
     def _own(self, client: Client) -> None:
@@ -292,7 +357,6 @@ class ActorManager:
         ref = client.ref
         ref.owned, ref.state = True, INLINE
         if not client.weak:
-            self.runtime.known[ref.binary()] = ref
             self.runtime.reactor.call_soon(self.runtime.publish, ref)
 
     def ship_class(self, class_id: bytes, blob: bytes) -> None:
@@ -318,67 +382,92 @@ class ActorManager:
                 self._clients[actor_id] = client
         return client
 
+    def keep_arguments(self, actor_id: bytes, kept: Any) -> None:
+        """They live until the constructor has run for the last time, even when no handle is left in this process."""
+        self._arguments[actor_id] = kept
+
     def update(self, info: ActorInfo) -> None:
-        client = self._clients.get(info.actor_id)
+        """Control's news of an actor that this process follows."""
+        actor_id = info.actor_id
+        if info.state == "dead" or (info.state == "alive" and not info.max_restarts):
+            self._arguments.pop(actor_id, None)
+        client = self._clients.get(actor_id)
         if client is not None:
             client.update(info)
-        elif info.state != "dead":
-            self.runtime.tell_control(control.UnwatchActor(info.actor_id))
+        elif info.state != "dead" and actor_id not in self._arguments:
+            self.runtime.tell_control(control.UnwatchActor(actor_id))
 
 
 class _Creation:
-    """An actor on its way to control: the constructor's arguments may have to become ready first."""
+    """An actor on its way to control, which knows it from the start: its name, its owner, and that it waits when the
+    constructor's arguments are not ready. They follow once they are."""
 
     def __init__(self, manager: ActorManager, client: Client, spec: ActorSpec, run: TaskRun, blob: bytes) -> None:
         self._manager = manager
+        self._runtime = manager.runtime
         self._client = client
         self._spec = spec
         self._run = run
         self._blob = blob
         self._get_if_exists = False
-        self._answered: Any = None
+        self._announced = False
+        self._answered: Callable[[Any], None] | None = None
 
     def begin(self) -> None:
         """On the reactor's thread."""
-        runtime, run = self._manager.runtime, self._run
+        runtime, run = self._runtime, self._run
         self._manager.ship_class(self._spec.class_id, self._blob)
         if run.keep:
             runtime.publish_all(run.keep)
-        self._client._asked = True  # the creation is answered, and watched from then on
+        if run.keep or run.dependencies:
+            self._manager.keep_arguments(self._spec.actor_id, (run.keep, run.dependencies))
+        self._client.follow()
         run.client = self
-        if run.dependencies is None or runtime.settle_dependencies(run):
-            self.pump()
+        ready = run.dependencies is None or runtime.settle_dependencies(run)
+        spec = msgspec.structs.replace(self._spec, arguments=self._packed()) if ready else self._spec
+        request = control.CreateActor(spec=spec, get_if_exists=self._get_if_exists, unready=not ready)
+        runtime.mail_control(request, self._created)
+        self._announced = True
+        if run.stage == "done":
+            self._tell_failure()  # an argument had failed already
 
-    def pump(self) -> None:
-        """All arguments are ready (the runtime calls this as it would a client's)."""
+    def _packed(self) -> bytes:
         run = self._run
-        arguments = msgspec.msgpack.encode(ActorArguments(run.args, run.kwargs, run.arguments or [], run.packed))
-        spec = msgspec.structs.replace(self._spec, arguments=arguments)
-        request = control.CreateActor(spec=spec, get_if_exists=self._get_if_exists)
-        self._manager.runtime.mail_control(request, self._created)
+        return msgspec.msgpack.encode(ActorArguments(run.args, run.kwargs, run.arguments or [], run.packed))
+
+    def arguments_ready(self, _run: TaskRun) -> None:
+        """The last argument is ready (the runtime calls this as it would a client's)."""
+        self._runtime.tell_control(control.ProvideArguments(self._spec.actor_id, self._packed()))
 
     def withdraw(self, run: TaskRun) -> None:
         """An argument failed: the actor will never be."""
-        state = next((ref for ref in run.dependencies or () if ref.state not in (0, 1, 2)), None)
-        cause = self._manager.runtime.error_of(state) if state is not None else None
-        self._created(Failed(kind="arguments", text=f"an argument of its constructor failed: {cause}"))
+        if self._announced:
+            self._tell_failure()
+
+    def _tell_failure(self) -> None:
+        runtime = self._runtime
+        failed = next(ref for ref in self._run.dependencies or () if ref.state in (ERROR, LOST))
+        error = runtime.error_of(failed)
+        text = f"an argument of its constructor failed: {error}"
+        packed = failed.value if failed.state == ERROR else serialize(error).flatten()
+        runtime.tell_control(control.ProvideArguments(self._spec.actor_id, error=packed, text=text))
 
     def _created(self, reply: Any) -> None:
         if self._answered is not None:
             self._answered(reply)
         if isinstance(reply, Failed):
-            if reply.kind != "closed":
-                info = ActorInfo(self._client.actor_id, "dead", kind=reply.kind, cause=reply.text)
-                self._client.update(info)
-            return
-        if reply.actor.actor_id == self._client.actor_id:
-            # The constructor's arguments live until it has run: the client keeps them.
-            self._client.arguments = (self._run.keep, self._run.dependencies)
-            self._client.watch()
+            self._manager.update(ActorInfo(self._spec.actor_id, "dead", kind=reply.kind, cause=reply.text))
+        elif reply.actor.actor_id == self._spec.actor_id:
+            self._manager.update(reply.actor)
+        else:  # somebody has the name, and is shared: this one never was
+            self._manager.update(ActorInfo(self._spec.actor_id, "dead", kind="unknown", cause="its name was taken"))
 
     def settle_name(self, get_if_exists: bool) -> ActorInfo:
-        """In a user's thread: create it, or learn who has the name."""
-        runtime = self._manager.runtime
+        """In a user's thread: create it, or learn who has the name.
+
+        Raises:
+            ActorAlreadyExistsError, ShoalSystemError.
+        """
         self._get_if_exists = get_if_exists
         box: list[Any] = []
         lock = threading.Lock()
@@ -390,7 +479,7 @@ class _Creation:
 
         self._answered = answered
         self._manager._own(self._client)
-        runtime.reactor.call_soon(self.begin)
+        self._runtime.reactor.call_soon(self.begin)
         lock.acquire()
         reply = box[0]
         if isinstance(reply, Failed):
@@ -399,5 +488,3 @@ class _Creation:
             raise exceptions.ShoalSystemError(f"cannot create the actor {self._spec.name!r}: {reply.text}")
         actor: ActorInfo = reply.actor
         return actor
-
-

@@ -1,151 +1,158 @@
 """An actor inside its worker: construct it, run its methods in the way its class asks for, and let it go.
 
     synchronous, max_concurrency 1   methods run on the main thread, in the order of arrival
-    max_concurrency n > 1            on n threads
-    any `async def` method           on an event loop on the main thread, at most n (1000) at once
+    max_concurrency n > 1            on up to n threads, made when they are needed; the main thread waits for the end
+    any `async def` method           on an event loop on the main thread (see `async_actor`)
+
+However it ends, the end is on the main thread: the instance goes (so that its `__del__` runs while the process is
+whole), exit handlers run, and the agent hears the cause. Three things end it: `exit_actor()` or `sys.exit()` in it, which
+wait for no other call; and the agent (`end`), when the last handle is gone, after all calls that were accepted.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
+import queue
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final, NoReturn
 
 import msgspec
 
 from shoal import exceptions
-from shoal.node.messages import STORED, ActorReady, BeginActor
+from shoal.node.messages import ActorReady, BeginActor
 from shoal.objects.serialization import deserialize, serialize
-from shoal.runtime import worker_output
+from shoal.runtime import worker_exit, worker_output
 from shoal.runtime.actor_client import ActorArguments, ActorOptions
-from shoal.runtime.messages import Argument, Run, Template
-
-if TYPE_CHECKING:
-    import asyncio
-
-    from shoal.runtime.executor import Call, Executor
+from shoal.runtime.calls import Arrival, Call
+from shoal.runtime.execution import ActorExit, CallRunner
+from shoal.runtime.messages import Argument, Run
+from shoal.runtime.object_ref import ObjectRef
 
 logger = logging.getLogger(__name__)
 
-
-class ActorExit(BaseException):
-    """Raised by `exit_actor()` to leave the method; only the executor catches it."""
+MAX_LABEL_CHARS: Final = 200
+EXIT_CAUSE: Final = "exit_actor() was called"
 
 
 class ActorInstance:
-    """See the module. Made and run on the worker's main thread."""
+    """An actor with its instance; made on the reactor's thread, lives on the main thread. Subclasses run its calls.
 
-    def __init__(self, executor: Executor, begin: BeginActor) -> None:
-        self._executor = executor
+    Attributes:
+        any_order: calls of one caller may begin in another order than they were sent.
+        instance: the user's object, None before the constructor has returned and after the end.
+        leaving: why it ends before the calls that wait, "" while it does not.
+    """
+
+    any_order = False
+
+    def __init__(self, runner: CallRunner, begin: BeginActor, options: ActorOptions) -> None:
         self.spec = begin.spec
         self.restarts = begin.restarts
-        self._blob = begin.class_blob
-        options = msgspec.msgpack.decode(begin.spec.options, type=ActorOptions)
-        self._is_async = options.is_async
-        self._concurrency = options.max_concurrency or (1000 if options.is_async else 1)
-        self._depth = options.depth
-        self.name = begin.spec.class_name
         self.instance: Any = None
-        self.any_order = options.is_async or self._concurrency > 1
-        self.takes_calls_itself = options.is_async
-        self._leaving = ""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._slots: asyncio.Semaphore | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._async_call: Any = None
+        self.leaving = ""
+        self._runner = runner
+        self._runtime = runner.runtime
+        self._blob = begin.class_blob
+        self._depth = options.depth
+        self._label = begin.spec.class_name
+        self._exit_code = 0
+        self._arguments, self._all_here = self._fetch_arguments()
+        runner.runtime.leave_actor = self.leave
 
-    # ------------------------------------------------------------------------------------------------ living
+    @property
+    def label(self) -> str:
+        return self._label
 
-    def live(self) -> None:
-        """Construct, then take calls until the end. Calls that came early wait in the executor's queue."""
-        executor = self._executor
-        if self._is_async:
-            self._live_async()
-            return
-        executor.actor = self
-        if not self._construct():
-            return
-        threads = [
-            threading.Thread(target=self._work, name=f"actor-{number}", daemon=True) for number in range(1, self._concurrency)
-        ]
-        for thread in threads:
-            thread.start()
-        self._work()
+    # ------------------------------------------------------------------------------- what the reactor's thread asks
 
-    def _construct(self) -> bool:
-        """Run the constructor and tell the agent how it went."""
-        executor, runtime = self._executor, self._executor.runtime
+    def submit(self, call: Call) -> None:
+        """Run this when its turn comes. On the reactor's thread."""
+        raise NotImplementedError
+
+    def end(self, cause: str) -> None:
+        """Leave after what was submitted. On the reactor's thread."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------- what the main thread does
+
+    def live(self) -> NoReturn:
+        """Construct, run calls until the end, and end the process."""
+        self._runner.title.fix(self.spec.class_name)
+        cause = self._run()
+        self.instance = None
+        if self._exit_code:
+            worker_exit.end_process(self._runtime, self._exit_code)
+        worker_exit.leave(self._runtime, cause)
+
+    def _run(self) -> str:
+        """Construct and run calls; returns why it ends."""
+        raise NotImplementedError
+
+    def construct(self) -> str:
+        """Run the constructor and tell the agent how it went; returns why the actor must end, "" if it lives."""
+        runtime, spec = self._runtime, self.spec
         runtime.depth = self._depth + 1
-        runtime.leave_actor = self.leave
+        label = f"{spec.class_name}.__init__"
         error, text = b"", ""
-        label = f"{self.spec.class_name}.__init__"
         try:
             cls = deserialize(self._blob)
-            args, kwargs = self._arguments(label)
+            args, kwargs = self._take_arguments()
             self.instance = cls(*args, **kwargs)
-            self.name = self._label()
+            self._label = self._describe()
         except ActorExit:
-            executor.leave(self._leaving)
-        except BaseException as exc:
-            failure = exceptions.TaskError.from_exception(exc, **executor._where(label))
+            return self.leaving
+        except SystemExit as exc:
+            self._exit_code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+            return f"its constructor called sys.exit({exc.code})"
+        except BaseException as exc:  # the boundary of user code
+            failure = exceptions.TaskError.from_exception(exc, **self._runner.where(label))
             error = serialize(failure).flatten()
             text = f"its constructor raised {type(exc).__name__}: {exc}"
         worker_output.flush()
-        runtime.reactor.call_soon(runtime.agent.send, ActorReady(self.spec.actor_id, error, text))
-        return not error
+        runtime.reactor.call_soon(runtime.agent.send, ActorReady(spec.actor_id, error, text))
+        return text
 
-    def _arguments(self, label: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The constructor's arguments; those that are stored are fetched here, since nothing else can run yet."""
-        from shoal.runtime.executor import Call, _Callable, _Caller
-        from shoal.runtime.object_ref import ObjectRef
-
+    def _fetch_arguments(self) -> tuple[Arrival, threading.Event]:
+        """Begin to get the constructor's arguments; the event is set when all are here."""
+        here = threading.Event()
         if not self.spec.arguments:
-            return (), {}
+            here.set()
+            return Arrival(Run(0, 0)), here
         packed = msgspec.msgpack.decode(self.spec.arguments, type=ActorArguments)
         arguments = [msgspec.convert(item, Argument) for item in packed.arguments]
-        message = Run(0, 0, packed.args, packed.kwargs, arguments, packed.packed)
-        call = Call(_Caller(self._executor.runtime.agent), _Callable(Template(0, label, label, 0)), message)
-        for argument in arguments:
-            if argument.state.state != STORED:
-                call.values.append(argument.state.payload)
-                continue
-            ref: ObjectRef[Any] = ObjectRef(argument.object_id, argument.home, owned=False)
-            call.values.append(self._fetch(ref))
-        return call.arguments()
+        arrival = Arrival(Run(0, 0, packed.args, packed.kwargs, arguments, packed.packed))
+        arrival.fetch(self._runtime, here.set)
+        if not arrival.missing:
+            here.set()
+        return arrival, here
 
-    def _fetch(self, ref: Any) -> memoryview | bytes:
-        from shoal.node.messages import INLINE, Resolve
-        from shoal.rpc.messages import Failed
+    def _take_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Raises what an argument failed with."""
+        self._all_here.wait()
+        arrival = self._arguments
+        del self._arguments  # what it pins is the constructor's to keep
+        if arrival.problem is not None:
+            failed: ObjectRef[Any] = ObjectRef(self.spec.actor_id, b"", owned=False)
+            failed.value, failed.state = arrival.problem.payload, arrival.problem.state
+            raise self._runtime.error_of(failed)
+        return arrival.arguments()
 
-        runtime = self._executor.runtime
-        reply = runtime.ask_agent(Resolve(object_id=ref.binary(), home=ref.home, fetch=True))
-        if isinstance(reply, Failed):
-            raise runtime.problem_of(ref, reply)
-        if reply.state.state == STORED:
-            return runtime.view_of(ref, reply)
-        if reply.state.state == INLINE:
-            return bytes(reply.state.payload)
-        ref.state, ref.value = reply.state.state, reply.state.payload
-        raise runtime.error_of(ref)
-
-    def _label(self) -> str:
+    def _describe(self) -> str:
         """What the log's prefix shows: the user's own repr, where the class has one."""
         own_repr: Any = type(self.instance).__repr__
         if own_repr is object.__repr__:
             return self.spec.class_name
         try:
-            return repr(self.instance)
-        except Exception as exc:
+            return str(repr(self.instance))[:MAX_LABEL_CHARS]
+        except Exception as exc:  # the user's code
             logger.info("repr() of %s raised %s", self.spec.class_name, exc)
             return self.spec.class_name
 
-    def describe(self) -> str:
-        return self.name
+    # --------------------------------------------------------------------------------------------- what calls need
 
     def method(self, name: str) -> Callable[..., Any]:
-        """The callable behind a method name, hidden ones included."""
+        """The callable behind a method name, those included that every actor has. Raises AttributeError."""
         match name:
             case "__ray_ready__" | "__shoal_ready__":
                 return lambda: True
@@ -156,126 +163,114 @@ class ActorInstance:
         found: Callable[..., Any] = getattr(self.instance, name)
         return found
 
-    # ------------------------------------------------------------------------------------------- synchronous
+    def current_call(self) -> Call | None:
+        return None
 
-    def _work(self) -> None:
-        """Run calls on this thread, one after the other."""
-        executor = self._executor
-        take = executor._queue.get
-        while True:
-            call = take()
-            if call is None:
-                executor._queue.put(None)  # for the other threads
-                break
-            executor.execute(call)
-            if self._leaving:
-                break
-        if threading.current_thread() is threading.main_thread():
-            self._destroy()
-            executor.leave(self._leaving or "it was told to end")
-
-    def _destroy(self) -> None:
-        """Let the instance go, so that its `__del__` runs while the process is whole."""
-        self._executor._current.call = None
-        self.instance = None
-
-    def leave(self) -> None:
-        """`exit_actor()`: on whatever thread runs the method."""
-        self._leaving = "exit_actor() was called"
-        self._executor._queue.put(None)
+    def leave(self) -> NoReturn:
+        """`exit_actor()`, on whatever thread of this process calls it: leaves the method by an exception."""
+        self.leaving = self.leaving or EXIT_CAUSE
+        self.wake_to_leave()
         raise ActorExit
 
-    def end(self, cause: str) -> None:
-        """The last handle is gone, or control stops it: finish what was accepted. On the reactor's thread."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._end_async, cause)
-        else:
-            self._executor._queue.put(None)
+    def exit(self, code: int) -> None:
+        self._exit_code = code
+        self.leaving = self.leaving or f"sys.exit({code}) was called"
+        self.wake_to_leave()
 
-    # ------------------------------------------------------------------------------------------------- async
+    def wake_to_leave(self) -> None:
+        """`leaving` was set: have the main thread see it. Any thread."""
+        raise NotImplementedError
 
-    def _live_async(self) -> None:
-        import asyncio
-        import contextvars
 
-        self._async_call = contextvars.ContextVar("shoal_call", default=None)
-        self._loop = loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(loop)
-        self._slots = asyncio.Semaphore(self._concurrency)
-        self._executor.actor = self
-        backlog = []
-        while not self._executor._queue.empty():
-            backlog.append(self._executor._queue.get_nowait())
-        loop.call_soon(self._begin_async, backlog)
-        loop.run_forever()
+class SequentialActor(ActorInstance):
+    """One call at a time, on the main thread."""
 
-    def _begin_async(self, backlog: list[Call | None]) -> None:
-        assert self._loop is not None
-        if not self._construct():
-            self._loop.stop()
-            return
-        for call in backlog:
-            if call is None:
-                self._end_async("it was told to end")
-            else:
-                self._start(call)
+    _end_cause = ""
 
     def submit(self, call: Call) -> None:
-        """A call for an async actor, from the reactor's thread."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._start, call)
+        self._runner.queue.put(call)
 
-    def _start(self, call: Call) -> None:
-        assert self._loop is not None
-        task = self._loop.create_task(self._run_async(call))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def end(self, cause: str) -> None:
+        self._end_cause = cause
+        self._runner.queue.put(None)
 
-    async def _run_async(self, call: Call) -> None:
-        executor = self._executor
-        assert self._slots is not None
-        async with self._slots:
-            self._async_call.set(call)
+    def wake_to_leave(self) -> None:
+        self._runner.queue.put(None)
+
+    def _run(self) -> str:
+        failure = self.construct()
+        if failure:
+            return failure
+        runner = self._runner
+        take, execute = runner.queue.get, runner.execute
+        while not self.leaving:
+            call = take()
+            if call is None:
+                break
+            runner.running = call
+            execute(call)
+            runner.running = None
+        return self.leaving or self._end_cause
+
+
+class ThreadedActor(ActorInstance):
+    """Up to `max_concurrency` calls at a time, each on a thread."""
+
+    any_order = True
+
+    def __init__(self, runner: CallRunner, begin: BeginActor, options: ActorOptions) -> None:
+        super().__init__(runner, begin, options)
+        self._most = options.max_concurrency
+        self._idle = threading.Semaphore(0)  # threads that wait for a call
+        self._threads = 0  # made so far; the reactor's
+        self._finished = 0  # of those, after `end`
+        self._lock = threading.Lock()
+        self._end_cause = ""
+        self._over: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def submit(self, call: Call) -> None:
+        self._runner.queue.put(call)
+        if self._threads < self._most and not self._idle.acquire(blocking=False):
             try:
-                if call.problem is not None:
-                    reply: Any = executor._failed(call, call.problem)
-                else:
-                    function = call.callable.function or executor._load(call.callable)
-                    args, kwargs = call.arguments()
-                    value = function(*args, **kwargs)
-                    if inspect.isawaitable(value):
-                        value = await value
-                    reply = executor._reply(call, value)
-                    del args, kwargs, value
-            except BaseException as exc:
-                reply = executor._raised(call, exc)
-            call.values = []
-        executor.send_reply(call, reply)
-        if self._leaving:
-            self._end_async(self._leaving)
+                threading.Thread(target=self._work, name=f"actor-{self._threads + 1}", daemon=True).start()
+            except RuntimeError as exc:
+                if not self._threads:
+                    raise
+                logger.warning("%s cannot have more than %s threads: %s", self.label, self._threads, exc)
+                self._most = self._threads
+            else:
+                self._threads += 1
 
-    def current_call(self) -> Call | None:
-        if self._async_call is None:
-            return None
-        call: Call | None = self._async_call.get()
-        return call
+    def end(self, cause: str) -> None:
+        with self._lock:
+            self._end_cause = cause
+            nobody = self._finished == self._threads
+        if nobody:
+            self._over.put(cause)
+        self._runner.queue.put(None)
 
-    def _end_async(self, cause: str) -> None:
-        import asyncio
+    def wake_to_leave(self) -> None:
+        self._over.put("")
 
-        assert self._loop is not None
-        current = asyncio.current_task(self._loop)
-        others = [task for task in self._tasks if task is not current]
-        if self._leaving:
-            others = []  # exit_actor() does not wait for other calls
-        self._loop.create_task(self._finish_async(others, cause))
+    def _run(self) -> str:
+        failure = self.construct()
+        return failure or self.leaving or self._over.get() or self.leaving
 
-    async def _finish_async(self, others: list[asyncio.Task[None]], cause: str) -> None:
-        import asyncio
-
-        if others:
-            await asyncio.wait(others)
-        self._destroy()
-        self._executor.leave(cause)
-
-
+    def _work(self) -> None:
+        """A thread's life. An end is passed on from thread to thread: None stays in the queue."""
+        runner = self._runner
+        while not self.leaving:
+            try:
+                call = runner.queue.get_nowait()
+            except queue.Empty:
+                self._idle.release()
+                call = runner.queue.get()
+            if call is None:
+                runner.queue.put(None)
+                break
+            runner.execute(call)
+        with self._lock:
+            self._finished += 1
+            last = self._finished == self._threads
+        if last and self._end_cause:
+            self._over.put(self._end_cause)

@@ -6,21 +6,29 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Final
 
 from shoal import session
-from shoal.control.messages import JobInfo, Notice
+from shoal.control.messages import FlushLogs, JobInfo, Notice
 from shoal.exceptions import ClusterConnectionError, ClusterNotFoundError
 from shoal.node.launch import NodeOptions, RunningNode, StartingNode, spawn_node
-from shoal.node.messages import RegisterProcess
+from shoal.node.messages import RegisterProcess, WorkerAddress
 from shoal.objects.ids import new_worker_id
+from shoal.objects.serialization import deserialize
+from shoal.runtime.connection import Answer
 from shoal.runtime.core import CoreRuntime
 from shoal.runtime.driver_output import DriverOutput, OutputSettings
 from shoal.runtime.init_request import InitRequest
 from shoal.runtime.interface import ContextData
+from shoal.runtime.link import WorkerLink
 from shoal.scheduling.resources import to_floats
 from shoal.version import __version__
 
 logger = logging.getLogger(__name__)
+
+FLUSH_LOGS_S: Final = 0.5
+"""What the end of a program may wait for the last lines of its workers; usually they take a millisecond."""
 
 
 class DriverRuntime(CoreRuntime):
@@ -33,8 +41,10 @@ class DriverRuntime(CoreRuntime):
         self.output: DriverOutput | None = None
         self.control_address = ""
         self.describe_context = self._context
-        self._noticed: set[str] = set()
+        self._used_workers = False
         self.on_notice = self._show_notice
+        if os.environ.get("SHOAL_IGNORE_UNHANDLED_ERRORS", "0") in ("", "0", "false"):
+            self.on_unseen_error = _show_unseen
 
     def _context(self) -> ContextData:
         return ContextData(
@@ -47,7 +57,25 @@ class DriverRuntime(CoreRuntime):
         level = {"info": logging.INFO, "error": logging.ERROR}.get(notice.level, logging.WARNING)
         logger.log(level, "%s", notice.text)
 
+    def link_to(self, address: WorkerAddress) -> WorkerLink:
+        self._used_workers = True
+        return super().link_to(address)
+
+    def _flush_logs(self) -> None:
+        """Wait until what workers have printed so far is here; nothing to wait for when none ever worked."""
+        if self.output is None or not self._used_workers or self.closed:
+            return
+        flushed = Answer()
+        self.reactor.call_soon(self.mail_control, FlushLogs(), flushed.set)
+        self.wait_answer(flushed, FLUSH_LOGS_S)
+
     def shutdown(self) -> None:
+        try:
+            self._flush_logs()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
         super().shutdown()
         if self.output is not None:
             self.output.close()
@@ -57,10 +85,26 @@ class DriverRuntime(CoreRuntime):
         if self.node is not None:
             self.node.stop()
 
+    def forget_in_child(self) -> None:
+        super().forget_in_child()
+        if self.lifeline >= 0:
+            os.close(self.lifeline)  # the node ends with its driver, not with a child of it
+            self.lifeline = -1
 
-def connect(request: InitRequest) -> DriverRuntime:
+
+def _show_unseen(flat: bytes) -> None:
+    try:
+        error = deserialize(flat)
+    except Exception as exc:  # its class cannot be imported here
+        error = f"(it cannot be read here: {exc})"
+    logger.error("nobody got this error (SHOAL_IGNORE_UNHANDLED_ERRORS=1 hides such): %s", error)
+
+
+def connect(request: InitRequest, made: Callable[[DriverRuntime], object]) -> DriverRuntime:
     """Carry out `init()`.
 
+    Args:
+        made: given the runtime before it connects: the caller shuts that down if this raises, or if it is interrupted.
     Raises:
         ClusterNotFoundError: "auto", and no cluster runs on this machine.
         ClusterConnectionError, AuthenticationError, VersionMismatchError, ValueError, ShoalError.
@@ -68,13 +112,13 @@ def connect(request: InitRequest) -> DriverRuntime:
     base = session.base_folder(request.temp_dir)
     address = request.address
     if address == "local":
-        return _start_local(request)
+        return _start_local(request, made)
     if address in (None, "auto"):
         found = session.find_cluster(base)
         if found is None:
             if address == "auto":
                 raise ClusterNotFoundError("no cluster runs on this machine; start one with: shoal start --head")
-            return _start_local(request)
+            return _start_local(request, made)
     else:
         assert address is not None
         found = session.find_node(base, address)
@@ -82,7 +126,9 @@ def connect(request: InitRequest) -> DriverRuntime:
             found = _find_member(base, address)
     request.refuse_for_existing(found.record.control_address)
     token = found.folder.read_token()
-    return _join(request, found.record, token, None, -1)
+    runtime = DriverRuntime(token.encode())
+    made(runtime)
+    return _join(runtime, request, found.record)
 
 
 def _find_member(base: os.PathLike[str], address: str) -> session.LiveNode:
@@ -95,41 +141,46 @@ def _find_member(base: os.PathLike[str], address: str) -> session.LiveNode:
     raise ClusterConnectionError(f"no node on this machine belongs to a cluster at {address}; {hint}")
 
 
-def _start_local(request: InitRequest) -> DriverRuntime:
+def _start_local(request: InitRequest, made: Callable[[DriverRuntime], object]) -> DriverRuntime:
     """A cluster of one node that ends with this process, however that ends."""
     lifeline_in, lifeline_out = os.pipe2(os.O_CLOEXEC)
     starting: StartingNode | None = None
+    runtime: DriverRuntime | None = None
     try:
-        starting = spawn_node(
-            NodeOptions(
-                head=True,
-                node_ip=request.node_ip_address or "127.0.0.1",
-                num_cpus=request.num_cpus,
-                num_gpus=request.num_gpus,
-                resources=to_floats(request.resources),
-                labels=dict(request.labels),
-                memory=request.memory,
-                object_store_memory=request.object_store_memory,
-                temp_dir=request.temp_dir,
-                private=True,
-                lifeline_fd=lifeline_in,
+        try:
+            starting = spawn_node(
+                NodeOptions(
+                    head=True,
+                    node_ip=request.node_ip_address or "127.0.0.1",
+                    num_cpus=request.num_cpus,
+                    num_gpus=request.num_gpus,
+                    resources=to_floats(request.resources),
+                    labels=dict(request.labels),
+                    memory=request.memory,
+                    object_store_memory=request.object_store_memory,
+                    temp_dir=request.temp_dir,
+                    private=True,
+                    lifeline_fd=lifeline_in,
+                )
             )
-        )
-        os.close(lifeline_in)
+        finally:
+            os.close(lifeline_in)
         node = starting.wait_ready()
-        return _join(request, node.record, node.folder.read_token(), node, lifeline_out)
+        runtime = DriverRuntime(node.folder.read_token().encode())
+        runtime.node, runtime.lifeline = node, lifeline_out
+        made(runtime)
+        return _join(runtime, request, node.record)
     except BaseException:
-        os.close(lifeline_out)  # the node, if it runs, ends with it
-        if starting is not None and starting.process.poll() is None:
-            starting.process.wait()
+        if runtime is not None:
+            runtime.shutdown()
+        else:
+            os.close(lifeline_out)  # the node, if it runs, ends with it
+            if starting is not None and starting.process.poll() is None:
+                starting.process.wait()
         raise
 
 
-def _join(
-    request: InitRequest, record: session.NodeRecord, token: str, node: RunningNode | None, lifeline: int
-) -> DriverRuntime:
-    runtime = DriverRuntime(token.encode())
-    runtime.node, runtime.lifeline = node, lifeline
+def _join(runtime: DriverRuntime, request: InitRequest, record: session.NodeRecord) -> DriverRuntime:
     runtime.control_address = record.control_address
     if request.log_to_driver:
         runtime.output = DriverOutput(record.address.rpartition(":")[0].strip("[]"), OutputSettings.from_environment(os.environ))

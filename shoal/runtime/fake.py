@@ -257,5 +257,8 @@ class FakeRuntime:
         actor.failure = ActorDiedError("it ended itself", actor.actor_id.hex())
         raise actor.failure
 
+    def forget_in_child(self) -> None:
+        """Nothing is shared."""
+
     def shutdown(self) -> None:
         self.is_shut_down = True

@@ -187,4 +187,8 @@ class Runtime(Protocol):
     def exit_actor(self) -> None:
         """Inside an actor: end it once the current call has returned; raises to leave the method at once."""
 
-    def shutdown(self) -> None: ...
+    def shutdown(self) -> None:
+        """Leave the cluster; again does nothing."""
+
+    def forget_in_child(self) -> None:
+        """This process was forked from the one that the runtime belongs to: touch nothing that both share."""

@@ -61,7 +61,18 @@ class AgentLink:
 class Lease:
     """One worker, lent to one class."""
 
-    __slots__ = ("__weakref__", "agent", "broken", "cls", "idle_since", "lease_id", "link", "load_s", "verdict_timer", "yielding")
+    __slots__ = (
+        "__weakref__",
+        "agent",
+        "broken",
+        "cls",
+        "idle_since",
+        "lease_id",
+        "link",
+        "load_s",
+        "verdict_timer",
+        "yielding",
+    )
 
     def __init__(self, cls: SchedulingClass, agent: AgentLink, lease_id: int, link: WorkerLink) -> None:
         self.cls = cls

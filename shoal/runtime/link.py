@@ -107,5 +107,3 @@ class WorkerLink:
     def close(self) -> None:
         self.use_for(None)
         self.channel.close()
-
-

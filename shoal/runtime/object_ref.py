@@ -1,9 +1,8 @@
 """`ObjectRef`: the user's handle of an object, and at the same time this process's one record of it.
 
-There is one instance per object and process (`CoreRuntime.known` finds it for objects that left the process), so Python's
+There is one instance per object and process (`References` finds it for objects that left the process), so Python's
 own reference count is the local count: nothing is counted twice, and a ref that never leaves its process costs no
-message and no finalizer. What must be told when the last reference goes is told by a `Hold`, which only refs have whose
-object is known outside.
+message and no finalizer. The end of the others, whose objects are known outside, is noticed by a `LastUse`.
 
 All fields but `id` and `home` belong to the reactor's thread; `state` is written last when an object becomes ready, so that
 other threads may read `value` once they see it.
@@ -28,20 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T", covariant=True)
 
 
-class Hold:
-    """Tells the runtime when it is collected: nobody in this process refers to the object any more."""
-
-    __slots__ = ("home", "object_id", "runtime")
-
-    def __init__(self, runtime: CoreRuntime, object_id: bytes, home: bytes) -> None:
-        self.runtime = runtime
-        self.object_id = object_id
-        self.home = home
-
-    def __del__(self) -> None:
-        self.runtime.dropped(self.object_id, self.home)
-
-
 class ObjectRef(Generic[T]):
     """A reference to the result of a task, a method call, or a `put`; give it to `get`, `wait`, or another task.
 
@@ -49,7 +34,7 @@ class ObjectRef(Generic[T]):
     """
 
     __slots__ = (
-        "__weakref__", "_home", "_id", "contained", "hold", "local", "owned", "published", "requested", "size", "state", "task",
+        "__weakref__", "_home", "_id", "contained", "followed", "local", "owned", "published", "requested", "size", "state", "task",
         "value", "waiters",
     )  # fmt: skip
 
@@ -62,7 +47,7 @@ class ObjectRef(Generic[T]):
         self.value: bytes = b""  # flat value (INLINE, ERROR) or a text (LOST)
         self.size = 0
         self.waiters: list[Any] | None = None  # objects with `ready(ref)`
-        self.hold: Hold | None = None
+        self.followed = False  # a `LastUse` waits for its end
         self.contained: list[Any] | None = None  # keeps what the value refers to
         self.published = False  # the home agent knows it
         self.local = False  # a copy is in this node's store, as far as is known

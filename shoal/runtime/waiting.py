@@ -1,41 +1,81 @@
-"""Threads that wait for objects. The waiting thread sleeps on a lock; all bookkeeping is the reactor's."""
+"""Those who wait for objects: threads in `get` and `wait`, futures, coroutines.
+
+A waiting thread sleeps on a lock; all bookkeeping is the reactor's (`Waiter`). No wait is silent: after some seconds a thread
+says what it waits for, and it can be interrupted at any time.
+"""
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from shoal.node.messages import ERROR, LOST, PENDING, STORED, Resolved
+from shoal import exceptions
+from shoal.node.messages import (
+    ERROR,
+    INLINE,
+    LOST,
+    PENDING,
+    STORED,
+    Blocked,
+    Resolved,
+    Unblocked,
+)
+from shoal.objects.serialization import deserialize
 from shoal.rpc.messages import Failed
+from shoal.runtime.references import References
 
 if TYPE_CHECKING:
-    from shoal.runtime.core import CoreRuntime
+    import asyncio
+    import concurrent.futures
+
     from shoal.runtime.object_ref import ObjectRef
+
+logger = logging.getLogger(__name__)
+
+EXPLAIN_AFTER_S: Final = 5.0
+EXPLAIN_AGAIN_S: Final = 30.0
+GRACE_S: Final = 0.1
+"""What a look (timeout 0) may take when the answer is the agent's to give."""
+_NO_VIEWS: Final[dict[bytes, memoryview]] = {}
 
 
 class Waiter:
-    """Waits until `target` of `refs` are ready, or (with `stop_on_error`) one of them failed.
+    """Waits until `target` of `refs` (each there once) are ready, or (with `stop_on_error`) one of them failed.
 
     With `fetch`, a stored object is ready once it is in this node's store. With `keep`, its bytes are then found in `views`,
-    or the exception that kept them from coming in `problems`, both by ref.
+    or the exception that kept them from coming in `problems`, both by object id.
+
+    Attributes:
+        asked: something was asked of the agent for this waiter, so that an answer may be on its way.
+        done: called on the reactor's thread when it has what it waits for; None wakes the waiting thread. (Not a bound
+            method by default: that would be a cycle, and what `views` pins would wait for the collector.)
     """
 
+    __slots__ = (
+        "_fetch", "_keep", "_left", "_lock", "_ready", "_requests", "_runtime", "_stop_on_error", "_target", "asked", "done",
+        "finished", "problems", "refs", "views",
+    )  # fmt: skip
+
     def __init__(
-        self, runtime: CoreRuntime, refs: Sequence[ObjectRef[Any]], target: int, *, fetch: bool, keep: bool, stop_on_error: bool
+        self, runtime: References, refs: Sequence[ObjectRef[Any]], target: int, *, fetch: bool, keep: bool, stop_on_error: bool
     ) -> None:
         self._runtime = runtime
-        self._refs = refs
         self._target = target
         self._fetch = fetch
         self._keep = keep
         self._stop_on_error = stop_on_error
-        self._requests: dict[ObjectRef[Any], int] = {}
+        self._ready = 0
+        self._requests: dict[bytes, int] = {}
         self._left = False
-        self.ready_refs: set[ObjectRef[Any]] = set()
-        self.views: dict[ObjectRef[Any], memoryview] = {}
-        self.problems: dict[ObjectRef[Any], Exception] = {}
-        self.done: Callable[[], None] = self._wake
+        self.refs = refs
+        self.views: dict[bytes, memoryview] = {}
+        self.problems: dict[bytes, Exception] = {}
+        self.asked = False
+        self.done: Callable[[], None] | None = None  # instead of waking a thread
         self._lock = threading.Lock()
         self._lock.acquire()
         self.finished = False
@@ -50,60 +90,290 @@ class Waiter:
         return self._lock.acquire(timeout=timeout_s)
 
     def leave(self) -> None:
-        """The thread does not wait any more (it has what it wanted, its time is over, or it was interrupted)."""
+        """Nobody waits any more (has what it wanted, its time is over, or it was interrupted). Any thread."""
         self._runtime.reactor.call_soon(self._abandon)
 
-    def _wake(self) -> None:
-        self._lock.release()
+    def has(self, ref: ObjectRef[Any]) -> bool:
+        """Whether `ref` is ready in the sense of this waiter."""
+        state = ref.state
+        if state == STORED and self._fetch:
+            object_id = ref.binary()
+            return object_id in self.problems or (object_id in self.views if self._keep else ref.local)
+        return state != PENDING
 
     # ------------------------------------------------------------------------------------------- the reactor's side
 
     def _begin(self) -> None:
-        for ref in self._refs:
+        if self._left:
+            return
+        runtime = self._runtime
+        runtime.waiters.add(self)
+        for ref in self.refs:
             if self.finished:
                 return
             if ref.state != PENDING:
                 self.ready(ref)
-            else:
-                self._runtime.watch(ref, self)
+            elif runtime.watch(ref, self):
+                self.asked = True
 
     def ready(self, ref: ObjectRef[Any]) -> None:
         """`ref` is not pending any more."""
-        if self.finished or self._left or ref in self.ready_refs:
-            return
-        if ref.state == STORED and self._fetch and (self._keep or not ref.local):
-            if ref not in self._requests:
-                self._requests[ref] = self._runtime.fetch(ref, lambda reply: self._fetched(ref, reply))
-            return
-        self._count(ref)
-
-    def _fetched(self, ref: ObjectRef[Any], reply: Resolved | Failed) -> None:
-        self._requests.pop(ref, None)
-        view: memoryview | None = None
-        if isinstance(reply, Failed):
-            self.problems[ref] = self._runtime.problem_of(ref, reply)
-        elif reply.state.state == STORED:
-            ref.local = True
-            view = self._runtime.view_of(ref, reply)  # also unpins when it is dropped below
-        else:
-            self._runtime.learn(ref, reply.state)
         if self.finished or self._left:
             return
-        if view is not None and self._keep:
-            self.views[ref] = view
-        self._count(ref)
+        state = ref.state
+        if state == STORED:
+            if self._fetch and (self._keep or not ref.local):
+                self.asked = True
+                self._requests[ref.binary()] = self._runtime.fetch(ref, lambda reply: self._fetched(ref, reply))
+                return
+        elif state != INLINE and self._stop_on_error:
+            self._finish()
+            return
+        self._count()
 
-    def _count(self, ref: ObjectRef[Any]) -> None:
-        self.ready_refs.add(ref)
-        failed = self._stop_on_error and (ref.state in (ERROR, LOST) or ref in self.problems)
-        if not self.finished and (failed or len(self.ready_refs) >= self._target):
-            self.finished = True
+    def _fetched(self, ref: ObjectRef[Any], reply: Resolved | Failed) -> None:
+        object_id = ref.binary()
+        self._requests.pop(object_id, None)
+        runtime = self._runtime
+        failed = False
+        if isinstance(reply, Failed):
+            self.problems[object_id] = runtime.problem_of(ref, reply)
+            failed = True
+        elif reply.state.state == STORED:
+            ref.local = True
+            view = runtime.view_of(ref, reply)  # unpins when it is dropped, here or later
+            if self._keep and not self._left:
+                self.views[object_id] = view
+        else:
+            runtime.learn(ref, reply.state)
+            failed = ref.state in (ERROR, LOST)
+        if self.finished or self._left:
+            return
+        if failed and self._stop_on_error:
+            self._finish()
+        else:
+            self._count()
+
+    def _count(self) -> None:
+        self._ready += 1
+        if self._ready >= self._target:
+            self._finish()
+
+    def _finish(self) -> None:
+        self.finished = True
+        self._runtime.waiters.discard(self)
+        if self.done is not None:
             self.done()
+        else:
+            self._lock.release()
 
     def _abandon(self) -> None:
         self._left = True
-        for ref in self._refs:
-            if ref.waiters is not None and self in ref.waiters:
-                ref.waiters.remove(self)
+        self._runtime.waiters.discard(self)
+        for ref in self.refs:
+            waiters = ref.waiters
+            if waiters is not None and self in waiters:
+                waiters.remove(self)
         for request in self._requests.values():
             self._runtime.cancel_fetch(request)
+
+
+class Waiting(References):
+    """See the module.
+
+    Attributes:
+        explain_after_s, explain_again_s: how long a thread waits until it says what for, and until it says so again.
+        before_blocking: called in a user's thread before it waits (a worker hands its queue back).
+    """
+
+    def __init__(self, *, worker_id: bytes, token: bytes, is_driver: bool, name: str) -> None:
+        super().__init__(worker_id=worker_id, token=token, is_driver=is_driver, name=name)
+        self.explain_after_s = EXPLAIN_AFTER_S
+        self.explain_again_s = EXPLAIN_AGAIN_S
+        self.before_blocking: Callable[[], None] = lambda: None
+        self._blocked = 0
+
+    def why(self, ref: ObjectRef[Any]) -> str:
+        """One line on what a ref that is not ready waits for. Any thread."""
+        raise NotImplementedError
+
+    def what(self, ref: ObjectRef[Any]) -> str:
+        """The object in people's words."""
+        run = ref.task
+        return f"the result of {run.bound.name}" if run is not None else f"object {ref.hex()}"
+
+    # ------------------------------------------------------------------------------------------------- get and wait
+
+    def get(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None) -> list[Any]:
+        views = _NO_VIEWS
+        for ref in refs:
+            if ref.state == PENDING or ref.state == STORED:
+                views = self._wait_for_values(refs, timeout_s)
+                break
+        return [self._value(ref, views) for ref in refs]
+
+    def _value(self, ref: ObjectRef[Any], views: dict[bytes, memoryview]) -> Any:
+        state = ref.state
+        if state == INLINE:
+            return deserialize(ref.value)
+        if state == STORED:
+            view = views.get(ref.binary())
+            return deserialize(view) if view is not None else self.get([ref], None)[0]
+        raise self.error_of(ref)
+
+    def _wait_for_values(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None) -> dict[bytes, memoryview]:
+        left = list({ref.binary(): ref for ref in refs if ref.state != INLINE}.values())
+        if not left:  # they became ready meanwhile
+            return _NO_VIEWS
+        waiter = Waiter(self, left, len(left), fetch=True, keep=True, stop_on_error=True)
+        if not self._sleep(waiter, timeout_s):
+            missing = [ref for ref in left if not waiter.has(ref)]
+            text = f"{len(missing)} of {len({ref.binary() for ref in refs})} objects were not ready after {timeout_s:g} s"
+            if missing:
+                text += f"; the first is {self.what(missing[0])}: {self.why(missing[0])}"
+            raise exceptions.GetTimeoutError(text)
+        for ref in left:
+            if ref.state in (ERROR, LOST):
+                raise self.error_of(ref)
+            if waiter.problems and ref.binary() in waiter.problems:
+                raise waiter.problems[ref.binary()]
+        return waiter.views
+
+    def wait(
+        self, refs: Sequence[ObjectRef[Any]], num_returns: int, timeout_s: float | None, fetch_local: bool
+    ) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
+        waiter = Waiter(self, refs, num_returns, fetch=fetch_local, keep=False, stop_on_error=False)
+        enough = 0
+        for ref in refs:  # what is known here need not be asked
+            if ref.state != PENDING and waiter.has(ref):
+                enough += 1
+                if enough == num_returns:
+                    break
+        else:
+            self._sleep(waiter, timeout_s)
+        ready: list[ObjectRef[Any]] = []
+        rest: list[ObjectRef[Any]] = []
+        for ref in refs:
+            if len(ready) < num_returns and waiter.has(ref):
+                ready.append(ref)
+            else:
+                rest.append(ref)
+        return ready, rest
+
+    def _sleep(self, waiter: Waiter, timeout_s: float | None) -> bool:
+        """Wait in a user's thread; lends its CPUs meanwhile, and says why after a while. False after the timeout."""
+        self.check_may_block()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        lends = not self.is_driver and timeout_s != 0
+        explain_in = self.explain_after_s
+        try:
+            waiter.start()
+            if self.reactor.ended and not waiter.wait(1.0):
+                raise exceptions.LocalAgentDiedError(self.closed)
+            if lends:
+                self.before_blocking()
+                self.reactor.call_soon(self._set_blocked, 1)
+            while not waiter.finished:
+                slice_s = explain_in
+                if deadline is not None:
+                    slice_s = max(0.0, min(slice_s, deadline - time.monotonic()))
+                if waiter.wait(slice_s):
+                    return True
+                if deadline is not None and time.monotonic() >= deadline:
+                    return timeout_s == 0 and self._look(waiter)
+                self._explain(waiter)
+                explain_in = self.explain_again_s
+            return True
+        finally:
+            waiter.leave()
+            if lends:
+                self.reactor.call_soon(self._set_blocked, -1)
+
+    def _look(self, waiter: Waiter) -> bool:
+        """Timeout 0 must see what is ready already: give the reactor one round, and the agent time for an answer."""
+        looked = threading.Event()
+        self.reactor.call_soon(looked.set)
+        looked.wait(1.0)
+        return waiter.wait(GRACE_S if waiter.asked else 0)
+
+    def _set_blocked(self, step: int) -> None:
+        self._blocked += step
+        if step > 0 and self._blocked == 1:
+            self.agent.send(Blocked())
+        elif step < 0 and self._blocked == 0:
+            self.agent.send(Unblocked())
+
+    def _explain(self, waiter: Waiter) -> None:
+        waiting = [ref for ref in waiter.refs if not waiter.has(ref)]
+        reasons: dict[str, ObjectRef[Any]] = {}  # text -> the first object that waits for it
+        for ref in waiting[:1000]:
+            reasons.setdefault(self.why(ref), ref)
+        reasons.pop("it is running", None)  # long calls are nothing to worry about
+        if not reasons:
+            return
+        why, ref = next(iter(reasons.items()))
+        count = f"{len(waiting)} objects, one of which is " if len(waiting) > 1 else ""
+        text = f"still waiting for {count}{self.what(ref)}: {why}"
+        logger.warning("%s", text)
+        if not self.is_driver and sys.stderr is not None:
+            print(text, file=sys.stderr)  # comes out at the driver, which cannot know what a worker waits for
+
+    # -------------------------------------------------------------------------------------------------------- futures
+
+    def on_ready(self, ref: ObjectRef[Any], call: Callable[[Callable[[], Any]], None]) -> Waiter:
+        """When the value is here, `call(read)` on the reactor's thread; `read()` returns it or raises. Any thread."""
+        waiter = Waiter(self, [ref], 1, fetch=True, keep=True, stop_on_error=True)
+
+        def read() -> Any:
+            if waiter.problems:
+                raise waiter.problems[ref.binary()]
+            return self._value(ref, waiter.views)
+
+        waiter.done = lambda: call(read)
+        waiter.start()
+        return waiter
+
+    def concurrent_future(self, ref: ObjectRef[Any]) -> concurrent.futures.Future[Any]:
+        """Any thread."""
+        import concurrent.futures
+
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+
+        def ready(read: Callable[[], Any]) -> None:
+            try:
+                value = read()
+            except BaseException as exc:
+                future.set_exception(exc)
+            else:
+                future.set_result(value)
+
+        self.on_ready(ref, ready)
+        return future
+
+    def async_future(self, ref: ObjectRef[Any]) -> asyncio.Future[Any]:
+        """By the thread of a running event loop."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def settle(read: Callable[[], Any]) -> None:
+            if future.done():
+                return
+            try:
+                value = read()
+            except BaseException as exc:
+                future.set_exception(exc if not isinstance(exc, StopIteration) else RuntimeError(repr(exc)))
+            else:
+                future.set_result(value)
+
+        def ready(read: Callable[[], Any]) -> None:
+            try:
+                loop.call_soon_threadsafe(settle, read)
+            except RuntimeError:
+                logger.debug("the event loop that awaited %s is closed", ref.hex())
+
+        waiter = self.on_ready(ref, ready)
+        future.add_done_callback(lambda done: waiter.leave() if done.cancelled() else None)
+        return future

@@ -23,7 +23,7 @@ def run_worker(worker_id: bytes, agent_socket: str, token: bytes, logs: str) -> 
     runtime.on_lost = lambda: os._exit(1)
     socket_path = os.path.join(os.path.dirname(agent_socket), f"w-{worker_id[:8].hex()}")
     executor = Executor(runtime, socket_path)
-    worker_output.install(executor.current_name)
+    worker_output.install(executor.runner.current_name)
     slot.current = runtime
     sys.argv = ["shoal-worker"]
     runtime.start(

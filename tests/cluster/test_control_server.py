@@ -41,9 +41,8 @@ from shoal.control.messages import (
 )
 from shoal.control.server import ControlSettings
 from shoal.exceptions import AuthenticationError
-from shoal.rpc.aio import Connection, RequestFailed, attach, connect
+from shoal.rpc.aio import Connection, RequestFailed, attach, connect, hand_over
 from shoal.rpc.messages import PROTOCOL_VERSION, Hello, Message
-from shoal.rpc.sockets import hand_over
 from shoal.scheduling.resources import to_amounts
 
 TOKEN = b"a token that both sides know"
@@ -210,8 +209,7 @@ def test_a_connection_that_an_agent_accepted_is_handed_over(control: Control) ->
     async def main() -> None:
         ours, theirs = socket.socketpair()
         hello = Hello(PROTOCOL_VERSION, "", b"", target="control", name="from afar")
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, hand_over, theirs, control.path, TOKEN, hello)
+        await hand_over(theirs, control.path, TOKEN, hello)
         ours.setblocking(False)
         connection = Connection(ProcessReply, "control")
         await attach(connection, ours)

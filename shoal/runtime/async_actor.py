@@ -1,0 +1,162 @@
+"""An actor with `async def` methods: its calls are tasks of an event loop on the worker's main thread.
+
+Up to `max_concurrency` (1000) calls are begun at a time, in the order of their arrival; methods that are not coroutines
+run on the loop too, and hold it up. Calls come from the reactor in batches: one wake-up of the loop for all that have
+arrived meanwhile, and the replies of one round of the loop leave in one write.
+
+At the end the user's own tasks, which belong to no call, are cancelled and given `CANCEL_S` for their clean-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextvars
+import inspect
+import logging
+import threading
+from typing import Final
+
+from shoal.node.messages import BeginActor
+from shoal.runtime.actor_client import ActorOptions
+from shoal.runtime.actor_host import ActorInstance
+from shoal.runtime.calls import Call, Caller
+from shoal.runtime.execution import CallRunner
+from shoal.runtime.messages import Ended, Finished
+
+logger = logging.getLogger(__name__)
+
+CANCEL_S: Final = 2.0
+
+_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("shoal_call", default=None)
+
+
+class AsyncActor(ActorInstance):
+    """See the module. All but `submit`, `end` and `wake_to_leave` happens on the loop."""
+
+    any_order = True
+
+    def __init__(self, runner: CallRunner, begin: BeginActor, options: ActorOptions) -> None:
+        super().__init__(runner, begin, options)
+        self._most = options.max_concurrency
+        self._loop = asyncio.new_event_loop()
+        self._arrived: collections.deque[Call] = collections.deque()
+        self._waking = False  # the loop was told to look at what arrived
+        self._waiting: collections.deque[Call] = collections.deque()  # for a slot
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unflushed: set[Caller] = set()
+        self._end_cause = ""
+        self._end_task: asyncio.Task[None] | None = None
+        self._look_again = asyncio.Event()  # for `_finish`
+        self._warned = False
+        runner.runtime.before_blocking = self._about_to_block
+
+    # ------------------------------------------------------------------------------- what other threads ask
+
+    def submit(self, call: Call) -> None:
+        self._arrived.append(call)
+        if not self._waking:
+            self._waking = True
+            self._loop.call_soon_threadsafe(self._take_arrived)
+
+    def end(self, cause: str) -> None:
+        self._loop.call_soon_threadsafe(self._begin_end, cause)
+
+    def wake_to_leave(self) -> None:
+        self._loop.call_soon_threadsafe(self._begin_end, self.leaving)
+
+    # --------------------------------------------------------------------------------------------- the loop's life
+
+    def _run(self) -> str:
+        loop = self._loop
+        asyncio.set_event_loop(loop)
+        loop.call_soon(self._begin)
+        loop.run_forever()
+        return self.leaving or self._end_cause
+
+    def _begin(self) -> None:
+        failure = self.construct()
+        if failure:
+            self._end_cause = failure
+            self._loop.stop()
+
+    def _begin_end(self, cause: str) -> None:
+        self._end_cause = self._end_cause or cause
+        self._look_again.set()
+        if self._end_task is None:
+            self._end_task = self._loop.create_task(self._finish())
+
+    async def _finish(self) -> None:
+        me = asyncio.current_task()
+        while not self.leaving and (self._arrived or self._waiting or self._tasks):
+            self._look_again.clear()
+            await self._look_again.wait()
+        rest = [task for task in asyncio.all_tasks() if task is not me]
+        for task in rest:
+            task.cancel()
+        if rest:
+            _, stuck = await asyncio.wait(rest, timeout=CANCEL_S)
+            if stuck:
+                logger.info("%s ends with %s tasks that did not end when cancelled", self.label, len(stuck))
+        await self._loop.shutdown_asyncgens()
+        self._flush()
+        self._loop.stop()
+
+    # ------------------------------------------------------------------------------------------------------- calls
+
+    def _take_arrived(self) -> None:
+        self._waking = False
+        arrived, waiting = self._arrived, self._waiting
+        while arrived:
+            waiting.append(arrived.popleft())
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._tasks) < self._most and not self.leaving:
+            task = self._loop.create_task(self._run_call(self._waiting.popleft()))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self._waiting:
+            self._start_waiting()
+        if self._end_task is not None:
+            self._look_again.set()
+
+    async def _run_call(self, call: Call) -> None:
+        runner = self._runner
+        _call.set(call)
+        reply: Finished | Ended | None
+        try:
+            if call.problem is not None:
+                reply = runner.failed(call, call.problem)
+            else:
+                function = call.target.function or runner.load(call.target)
+                args, kwargs = call.arguments()
+                value = function(*args, **kwargs)
+                if inspect.isawaitable(value):
+                    value = await value
+                reply = runner.reply(call, value)
+                del args, kwargs, value
+        except BaseException as exc:  # the boundary of user code
+            reply = runner.raised(call, exc) if not self.leaving else None
+        call.values = []
+        if reply is None:
+            return  # the actor's end is the answer
+        runner.post(call, reply)
+        if not self._unflushed:
+            self._loop.call_soon(self._flush)
+        self._unflushed.add(call.caller)
+
+    def _flush(self) -> None:
+        while self._unflushed:
+            self._runner.flush(self._unflushed.pop())
+
+    def current_call(self) -> Call | None:
+        return _call.get()
+
+    def _about_to_block(self) -> None:
+        if not self._warned and threading.current_thread() is threading.main_thread():
+            self._warned = True
+            logger.warning("%s waits with get() or wait() on its event loop: nothing else runs there; use await", self.label)

@@ -1,0 +1,133 @@
+"""What a worker knows of calls: who sent them, what they call, and their arguments on the way here.
+
+Values only: `executor` receives calls, `execution` runs them, and an actor (`actor_host`) may run them its own way.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from shoal.node.messages import ERROR, INLINE, STORED, ObjectState, Resolved
+from shoal.objects.ids import task_prefix
+from shoal.objects.serialization import deserialize, serialize
+from shoal.rpc.messages import Failed
+from shoal.rpc.reactor import Channel
+from shoal.runtime.messages import Argument, Introduce, Run, Template
+from shoal.runtime.object_ref import ObjectRef
+from shoal.runtime.task_run import Placeholder
+
+if TYPE_CHECKING:
+    from shoal.runtime.core import CoreRuntime
+
+
+class Caller:
+    """One owner's connection. `posted` counts replies since this side last flushed; the rest belongs to the reactor."""
+
+    __slots__ = ("channel", "handover", "held", "job_id", "node_id", "posted", "prefix", "targets", "worker_id")
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.worker_id = b""
+        self.job_id = b""
+        self.node_id = b""
+        self.prefix = b""
+        self.targets: list[Target] = []  # by template id
+        self.handover: dict[int, list[Any]] = {}  # by counter: refs in results, kept until the owner counts them
+        self.held: collections.deque[Call] = collections.deque()  # see `Executor`
+        self.posted = 0
+
+    def introduce(self, message: Introduce) -> None:
+        self.worker_id, self.job_id, self.node_id = message.worker_id, message.job_id, message.node_id
+        self.prefix = task_prefix(message.job_id, message.worker_id)
+
+
+class Target:
+    """A template as this worker knows it. `function` is set by whoever runs it first."""
+
+    __slots__ = ("function", "pace_s", "template", "told_s", "uses")
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.function: Callable[..., Any] | None = None
+        self.pace_s: float | None = None
+        self.told_s = 0.0  # the pace that the owner knows
+        self.uses = 0
+
+
+class Arrival:
+    """The arguments of a call (or of an actor's constructor) on their way to this worker.
+
+    Attributes:
+        values: flat bytes of `message.arguments`; None while they are fetched.
+        missing: how many are fetched.
+        problem: one of them failed or is lost: so does the call.
+    """
+
+    __slots__ = ("message", "missing", "problem", "values")
+
+    def __init__(self, message: Run) -> None:
+        self.message = message
+        self.values: list[Any] = []
+        self.missing = 0
+        self.problem: ObjectState | None = None
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Unpickle them. What is not copied (arrays) pins its object until it is dropped."""
+        message = self.message
+        if not message.arguments:
+            args = deserialize(message.args) if message.args else ()
+            return args, deserialize(message.kwargs) if message.kwargs else {}
+        values = [deserialize(flat) for flat in self.values]
+        if message.packed:
+            args, kwargs = values[-1]
+        else:
+            args = deserialize(message.args) if message.args else ()
+            kwargs = deserialize(message.kwargs) if message.kwargs else {}
+        args = tuple(values[arg.index] if type(arg) is Placeholder else arg for arg in args)
+        kwargs = {key: values[arg.index] if type(arg) is Placeholder else arg for key, arg in kwargs.items()}
+        return args, kwargs
+
+    def fetch(self, runtime: CoreRuntime, complete: Callable[[], None]) -> None:
+        """Ask for the stored ones; `complete()` once the last has come. On the reactor's thread.
+
+        When nothing is `missing` afterwards, all are here and `complete` is never called.
+        """
+        for index, argument in enumerate(self.message.arguments):
+            if argument.state.state == INLINE:
+                self.values.append(argument.state.payload)
+                continue
+            self.values.append(None)
+            self.missing += 1
+            self._fetch_one(runtime, index, argument, complete)
+
+    def _fetch_one(self, runtime: CoreRuntime, index: int, argument: Argument, complete: Callable[[], None]) -> None:
+        ref: ObjectRef[Any] = ObjectRef(argument.object_id, argument.home, owned=False)
+
+        def answered(reply: Any) -> None:
+            if isinstance(reply, Failed):
+                self.problem = ObjectState(ERROR, serialize(runtime.problem_of(ref, reply)).flatten())
+            elif isinstance(reply, Resolved) and reply.state.state == STORED:
+                self.values[index] = runtime.view_of(ref, reply)
+            elif reply.state.state == INLINE:
+                self.values[index] = reply.state.payload
+            else:
+                self.problem = reply.state
+            self.missing -= 1
+            if self.missing == 0:
+                complete()
+
+        runtime.fetch(ref, answered)
+
+
+class Call(Arrival):
+    """One call on its way through this worker. `started`: the performance counter when it began; 0.0 before."""
+
+    __slots__ = ("caller", "started", "target")
+
+    def __init__(self, caller: Caller, target: Target, message: Run) -> None:
+        super().__init__(message)
+        self.caller = caller
+        self.target = target
+        self.started = 0.0

@@ -1,0 +1,275 @@
+"""Running calls inside a worker: from a `Call` whose arguments are here to the reply that leaves for its owner.
+
+User code runs on the process's main thread (for an actor also on more threads, or on an event loop on the main thread;
+see `actor_host`), and a result leaves from the thread that made it, without waking the reactor. Results of short calls
+travel together, but never wait for a call that is not known to be short, and for `HOLD_BACK_S` at most.
+
+`CallRunner` is what the executor (which receives calls), the main thread and an actor share. It owns the queue of calls
+that wait for a thread, and knows what each thread runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from shoal import exceptions
+from shoal.node.messages import ERROR, INLINE, STORED, ObjectState
+from shoal.objects.ids import make_object_id
+from shoal.objects.serialization import NONE_FLAT, deserialize, serialize
+from shoal.rpc.frames import encode_message
+from shoal.runtime import worker_exit, worker_output
+from shoal.runtime.calls import Call, Caller, Target
+from shoal.runtime.core import INLINE_BYTES, CoreRuntime
+from shoal.runtime.messages import Ended, Finished, Pace
+from shoal.runtime.process_title import ProcessTitle
+
+logger = logging.getLogger(__name__)
+
+SHORT_S: Final = 0.0005
+"""A call expected to take less than this may run before the results of its predecessors have left."""
+HOLD_BACK_S: Final = 0.001
+MAX_FUNCTIONS: Final = 1000
+
+
+class ActorExit(BaseException):
+    """Raised by `exit_actor()` to leave the method. Its call gets no reply: it fails with the actor's end."""
+
+
+class Actor(Protocol):
+    """What running calls needs to know of the actor that lives here."""
+
+    @property
+    def label(self) -> str:
+        """What people see: the class's name, or the user's own repr of the instance."""
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """The callable behind a method name. Raises AttributeError."""
+
+    def current_call(self) -> Call | None:
+        """What the calling code belongs to, where the thread alone does not say."""
+
+    def exit(self, code: int) -> None:
+        """A method called `sys.exit(code)`. On the thread that runs it; returns if another thread will end the process."""
+
+
+class CallRunner:
+    """See the module. One per worker process.
+
+    Attributes:
+        queue: calls that wait for a thread; None wakes one up for another reason (the worker becomes an actor, or ends).
+        actor: set once, on the reactor's thread, before the first call of the actor arrives.
+        running: the call that the main thread runs, for others to look at.
+    """
+
+    def __init__(self, runtime: CoreRuntime) -> None:
+        self.runtime = runtime
+        self.queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self.actor: Actor | None = None
+        self.running: Call | None = None
+        self.title = ProcessTitle(runtime.reactor, self._running_target)
+        self._on_thread = threading.local()
+        self._functions: dict[bytes, Callable[..., Any]] = {}  # by code: many callers may send the same
+        self._flushed_at = 0.0
+
+    # -------------------------------------------------------------------------------------------------- running
+
+    def execute(self, call: Call) -> None:
+        """Run one call on this thread and send what came of it."""
+        target, caller = call.target, call.caller
+        begin = time.perf_counter()
+        pace = target.pace_s
+        if caller.posted and (pace is None or pace > SHORT_S or begin - self._flushed_at > HOLD_BACK_S):
+            self.flush(caller)
+        if target is not self.title.shown:
+            self.title.show(target, begin)
+        self._on_thread.call = call
+        self.runtime.depth = target.template.depth + 1
+        call.started = begin
+        reply: Finished | Ended | None
+        try:
+            if call.problem is not None:
+                reply = self.failed(call, call.problem)
+            else:
+                function = target.function or self.load(target)
+                args, kwargs = call.arguments()
+                value = function(*args, **kwargs)
+                args = kwargs = None  # type: ignore[assignment]  # what they pinned goes before the owner hears of the end
+                reply = self.reply(call, value)
+                value = None
+        except BaseException as exc:  # the boundary of user code
+            reply = self.raised(call, exc)
+        self._measure(target, caller, time.perf_counter() - begin)
+        call.values = []
+        self._on_thread.call = None
+        if reply is not None:
+            self.send(call, reply)
+        if target.template.max_calls:
+            target.uses += 1
+            if target.uses >= target.template.max_calls:
+                self.flush(caller)
+                cause = f"{target.template.name} ran max_calls={target.template.max_calls} times here"
+                worker_exit.leave(self.runtime, cause)
+
+    def load(self, target: Target) -> Callable[..., Any]:
+        """The user's function or bound method; unpickled once per code."""
+        template = target.template
+        if template.method:
+            if self.actor is None:
+                raise exceptions.ShoalSystemError(f"{template.name} was sent to a worker that is no actor")
+            target.function = self.actor.method(template.method)
+        else:
+            function = self._functions.get(template.code)
+            if function is None:
+                function = deserialize(template.code)
+                self._functions[template.code] = function
+                if len(self._functions) > MAX_FUNCTIONS:
+                    del self._functions[next(iter(self._functions))]
+            target.function = function
+        assert target.function is not None
+        return target.function
+
+    def _measure(self, target: Target, caller: Caller, seconds: float) -> None:
+        """Smooth the pace of this function, quick to notice that it became slow."""
+        pace = target.pace_s
+        if pace is None:
+            pace = seconds
+        elif seconds > 4 * pace:
+            pace = (pace + seconds) / 2
+        else:
+            pace += (seconds - pace) / 8
+        target.pace_s = pace
+        if not target.told_s / 2 < pace < target.told_s * 2:
+            target.told_s = pace
+            caller.channel.post(encode_message(Pace(target.template.template_id, pace)))
+
+    # -------------------------------------------------------------------------------------------------- replies
+
+    def reply(self, call: Call, value: Any) -> Finished | Ended:
+        """What to send for a returned value: inline when it is small, else its bytes go to the store.
+
+        Raises:
+            ValueError: not as many values as `num_returns`. TypeError: one cannot be pickled. ObjectStoreFullError.
+        """
+        template = call.target.template
+        counter = call.message.counter
+        if template.num_returns == 1:
+            if value is None:
+                return Finished(counter, NONE_FLAT)
+            result = serialize(value, f"the result of {template.name}")
+            if not result.refs and result.flat_size <= INLINE_BYTES:
+                return Finished(counter, result.flatten())
+            results = [result]
+        elif template.num_returns == 0:
+            return Finished(counter, NONE_FLAT)
+        else:
+            values = list(value) if isinstance(value, (tuple, list)) else None
+            if values is None or len(values) != template.num_returns:
+                got = f"{len(values)} values" if values is not None else f"a {type(value).__name__}"
+                raise ValueError(
+                    f"{template.name} has num_returns={template.num_returns} and must return a tuple or list of as many "
+                    f"values; it returned {got}"
+                )
+            results = [serialize(one, f"result {i} of {template.name}") for i, one in enumerate(values)]
+        return self._large_reply(call, results)
+
+    def _large_reply(self, call: Call, results: list[Any]) -> Ended:
+        runtime, caller, counter = self.runtime, call.caller, call.message.counter
+        states = []
+        kept: list[Any] = []
+        for index, result in enumerate(results):
+            refs = runtime.contained_refs(result) if result.refs else []
+            kept.extend(refs)
+            contained = [(ref.binary(), ref.home) for ref in refs]
+            if result.flat_size <= INLINE_BYTES:
+                states.append(ObjectState(INLINE, result.flatten(), contained=contained))
+                continue
+            object_id = make_object_id(caller.prefix, counter, index + 1)
+            runtime.store(result, object_id, caller.node_id, caller.worker_id, refs)
+            states.append(ObjectState(STORED, b"", result.flat_size, [runtime.node_id], contained))
+        if kept:
+            caller.handover[counter] = kept
+            runtime.reactor.call_soon(runtime.publish_all, kept)
+        return Ended(counter, states, bool(kept))
+
+    def failed(self, call: Call, state: ObjectState) -> Ended:
+        """An argument failed: so does the call, with the same error."""
+        return Ended(call.message.counter, [state])
+
+    def raised(self, call: Call, exc: BaseException) -> Ended | None:
+        """What to send for an exception of user code; None when the process ends and its end is the answer."""
+        template = call.target.template
+        if isinstance(exc, ActorExit):
+            return None
+        if isinstance(exc, SystemExit):
+            self.flush(call.caller)
+            code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+            logger.info("%s called sys.exit(%s)", template.name, exc.code)
+            if self.actor is None:
+                worker_exit.end_process(self.runtime, code)
+            self.actor.exit(code)
+            return None
+        error = exceptions.TaskError.from_exception(exc, **self.where(template.function_name))
+        return Ended(call.message.counter, [ObjectState(ERROR, serialize(error).flatten())])
+
+    def where(self, function_name: str) -> dict[str, Any]:
+        """What a `TaskError` says besides its traceback."""
+        actor, runtime = self.actor, self.runtime
+        return {
+            "function_name": function_name.rpartition(".")[2] if actor is None else function_name,
+            "pid": os.getpid(), "ip": runtime.node_ip, "node_id": runtime.node_id.hex(),
+            "actor_repr": actor.label if actor is not None else "",
+        }  # fmt: skip
+
+    def send(self, call: Call, reply: Finished | Ended) -> None:
+        """Send now if nothing follows soon, else with what follows. Any thread."""
+        self.post(call, reply)
+        caller = call.caller
+        if caller.posted:
+            if self.queue.empty():
+                worker_output.flush()  # a line that was begun belongs to this call
+                self.flush(caller)
+            elif caller.posted == 1:
+                self.runtime.reactor.call_soon(caller.channel.flush)  # in case what runs next takes longer than it used to
+
+    def post(self, call: Call, reply: Finished | Ended) -> None:
+        """Put a reply where the next `flush` of its caller takes it. Any thread."""
+        runtime, caller = self.runtime, call.caller
+        encoded = encode_message(reply)
+        if runtime.uses_counted < runtime.uses_begun:
+            # The call borrowed references: the owner may let go of its own only when ours are counted.
+            runtime.reactor.call_soon(runtime.after_uses, lambda: caller.channel.send_encoded(encoded))
+            return
+        caller.channel.post(encoded)
+        caller.posted += 1
+
+    def flush(self, caller: Caller) -> None:
+        """Write what was posted to this caller. Any thread."""
+        self._flushed_at = time.perf_counter()
+        caller.posted = 0
+        caller.channel.flush_here()
+
+    # ------------------------------------------------------------------------------------------- who is running
+
+    def current_call(self) -> Call | None:
+        """The call that the calling code belongs to; None in threads that user code made."""
+        found: Call | None = getattr(self._on_thread, "call", None)
+        if found is None and self.actor is not None:
+            found = self.actor.current_call()
+        return found
+
+    def _running_target(self) -> Target | None:
+        call = self.running
+        return call.target if call is not None else None
+
+    def current_name(self) -> str:
+        """What is running on this thread, for the log's prefix."""
+        if self.actor is not None:
+            return self.actor.label
+        call: Call | None = getattr(self._on_thread, "call", None) or self.running
+        return call.target.template.name if call is not None else ""

@@ -1,0 +1,419 @@
+"""Objects as this process knows them: their states, who in this process refers to them, and their bytes in the store.
+
+A ref that never leaves its process costs no message: its value lives in the ref. Once it leaves, is borrowed, or has bytes
+in the store, this process is one of its counted users at the home agent, and `LastUse` says when it is no more. Whoever
+unpickles a ref in this process finds the instance that is here already, through `_known`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from shoal import exceptions
+from shoal.node.messages import (
+    ERROR,
+    INLINE,
+    LOST,
+    PENDING,
+    STORED,
+    Allocate,
+    Allocated,
+    CancelResolve,
+    ObjectState,
+    Publish,
+    Release,
+    Resolve,
+    Resolved,
+    Seal,
+    Unpin,
+    Unuse,
+    Use,
+)
+from shoal.objects.serialization import Serialized, deserialize, serialize
+from shoal.rpc.messages import Failed, Reply
+from shoal.runtime.actor_client import Client
+from shoal.runtime.connection import Answer, NodeConnection
+from shoal.runtime.last_uses import LastUse, LastUses
+from shoal.runtime.object_ref import ObjectRef
+
+if TYPE_CHECKING:
+    from shoal.runtime.waiting import Waiter
+
+INLINE_BYTES: Final = 100 * 1024
+"""Larger values live in the store."""
+PUT_INDEX: Final = bytes(4)
+
+
+class References(NodeConnection):
+    """See the module.
+
+    Attributes:
+        uses_begun, uses_counted: borrowed refs whose use was announced, and those whose use the home has counted.
+        waiters: all that wait for objects now.
+        on_unseen_error: called with the flat error of a failed object whose last ref is gone before anybody read it.
+    """
+
+    def __init__(self, *, worker_id: bytes, token: bytes, is_driver: bool, name: str) -> None:
+        super().__init__(worker_id=worker_id, token=token, is_driver=is_driver, name=name)
+        self.uses_begun = 0
+        self.uses_counted = 0
+        self.waiters: set[Waiter] = set()
+        self.on_unseen_error: Callable[[bytes], None] | None = None
+        self.counter = itertools.count(1)  # of this process's tasks and puts
+        self._known: dict[bytes, LastUse] = {}  # changed under `_known_lock`; a ref that is in it is `followed`
+        self._known_lock = threading.RLock()
+        self._last_uses = LastUses()
+        self._pins = LastUses()
+        self._pinned: dict[int, LastUse] = {}  # by id(): a weak reference has the hash of what it refers to
+        self._after_uses: list[tuple[int, Callable[[], None]]] = []
+        self._kept_for_good: list[Any] = []
+        self.reactor.call_soon(self.reactor.register, self._last_uses.fd, self._hear_last_uses)
+        self.reactor.call_soon(self.reactor.register, self._pins.fd, self._hear_pins)
+
+    def close_channels(self) -> None:
+        super().close_channels()
+        for uses in (self._last_uses, self._pins):
+            self.reactor.unregister(uses.fd)
+            uses.silence()
+
+    def forget_in_child(self) -> None:
+        super().forget_in_child()
+        self._last_uses.silence()
+        self._pins.silence()
+
+    def fail_everything(self, error: Exception) -> None:
+        state = error_state(error)
+        for waiter in list(self.waiters):
+            for ref in waiter.refs:
+                if ref.state == PENDING:
+                    self.learn(ref, state)
+
+    # ---------------------------------------------------------------------------------------------------- states
+
+    def learn(self, ref: ObjectRef[Any], state: ObjectState) -> None:
+        """`ref` is not pending any more: take over its state and wake who waits."""
+        if ref.state != PENDING and not (ref.state == STORED and state.state in (LOST, ERROR)):
+            return
+        ref.value, ref.size = state.payload, state.size
+        if state.contained and ref.contained is None and ref.owned:
+            ref.contained = [self.borrow(inner, home) for inner, home in state.contained]
+        if state.state == STORED:
+            ref.local = self.node_id in state.nodes
+            self.follow(ref)
+        elif state.state == ERROR and ref.owned and self.on_unseen_error is not None:
+            self.follow(ref).note = state.payload
+        ref.state = state.state
+        if ref.published and ref.owned:
+            self.agent.send(Publish(ref.binary(), self.state_of(ref)))
+        if ref.waiters is not None:
+            self.wake(ref)
+
+    def wake(self, ref: ObjectRef[Any]) -> None:
+        """Tell who waits for `ref` that it is not pending any more."""
+        waiters, ref.waiters = ref.waiters, None
+        for waiter in waiters or ():
+            waiter.ready(ref)
+
+    def state_of(self, ref: ObjectRef[Any]) -> ObjectState:
+        contained = self.name_all(ref.contained) if ref.contained else []
+        return ObjectState(ref.state, ref.value, ref.size, [], contained)
+
+    def error_of(self, ref: ObjectRef[Any]) -> BaseException:
+        """What to raise for a failed object. Any thread."""
+        if ref.state == ERROR:
+            use = self._known.get(ref.binary())
+            if use is not None:
+                use.note = b""  # somebody has seen it
+            error: BaseException = deserialize(ref.value)
+            return error.as_raisable() if isinstance(error, exceptions.TaskError) else error
+        kind, _, text = ref.value.decode(errors="replace").partition(":")
+        if kind == "owner":
+            return exceptions.OwnerDiedError(f"object {ref.hex()} is lost: {text}")
+        return exceptions.ObjectLostError(f"object {ref.hex()} is lost: {text if kind == 'node' else ref.value.decode()}")
+
+    def watch(self, ref: ObjectRef[Any], waiter: Any) -> bool:
+        """Call `waiter.ready(ref)` when it is not pending any more. True when its home had to be asked just now."""
+        if ref.waiters is None:
+            ref.waiters = []
+        ref.waiters.append(waiter)
+        if self.closed:
+            self.learn(ref, error_state(exceptions.LocalAgentDiedError(self.closed)))
+        elif ref.owned:
+            if ref.task is None:  # nothing makes it, or it would not be pending
+                text = f"{ref!r} was made before this process left that cluster, or by the process that it was forked from"
+                self.learn(ref, error_state(exceptions.ObjectLostError(f"{text}; its value cannot be had here")))
+        elif not ref.requested:
+            return self._ask_home(ref)
+        return False
+
+    def _ask_home(self, ref: ObjectRef[Any]) -> bool:
+        use = self._known.get(ref.binary())
+        if use is None or use() is not ref:
+            text = f"{ref!r} was borrowed from a cluster that this process has left, or by the process that it was forked from"
+            self.learn(ref, error_state(exceptions.ObjectLostError(text)))
+            return False
+        ref.requested = True
+        request = Resolve(object_id=ref.binary(), home=ref.home, fetch=False)
+        use.request = self.agent.request(request, lambda reply: self._resolved(use, reply))
+        return True
+
+    def _resolved(self, use: LastUse, reply: Any) -> None:
+        use.request = 0
+        ref = use()
+        if ref is None:
+            return
+        if isinstance(reply, Failed):
+            self.learn(ref, error_state(self.problem_of(ref, reply)))
+        else:
+            self.learn(ref, reply.state)
+
+    def problem_of(self, ref: ObjectRef[Any], reply: Failed) -> Exception:
+        """The exception for an agent that cannot bring an object here."""
+        if reply.kind == "store_full":
+            return exceptions.ObjectStoreFullError(f"cannot fetch {ref.hex()}: {reply.text}")
+        if reply.kind == "closed":
+            return exceptions.LocalAgentDiedError(self.closed or reply.text)
+        return exceptions.ShoalSystemError(f"cannot fetch {ref.hex()}: {reply.text}")
+
+    # ------------------------------------------------------------------------------------------------ references
+
+    def follow(self, ref: ObjectRef[Any]) -> LastUse:
+        """From now on the end of `ref` is noticed, and whoever unpickles its id finds it. Any thread."""
+        object_id = ref.binary()
+        if ref.followed:
+            use = self._known.get(object_id)
+            if use is not None:
+                return use
+        with self._known_lock:
+            use = self._known.get(object_id)
+            if use is None or use() is not ref:
+                use = self._known[object_id] = self._last_uses.follow(ref, object_id, ref.home)
+                ref.followed = True
+        return use
+
+    def publish_all(self, refs: Sequence[ObjectRef[Any]]) -> None:
+        for ref in refs:
+            self.publish(ref)
+
+    def publish(self, ref: ObjectRef[Any]) -> None:
+        """A ref leaves this process: from now on its home agent knows the object."""
+        if ref.published or not ref.owned:
+            return
+        ref.published = True
+        self.follow(ref)
+        self.agent.send(Publish(ref.binary(), self.state_of(ref)))
+
+    def name_all(self, refs: Sequence[ObjectRef[Any]]) -> list[tuple[bytes, bytes]]:
+        """Publish what a value refers to, and name it as it travels: (object id, home)."""
+        self.publish_all(refs)
+        return [(ref.binary(), ref.home) for ref in refs]
+
+    def contained_refs(self, serialized: Serialized) -> list[ObjectRef[Any]]:
+        """The references inside a value that was just serialized, those of actors' handles included. Any thread.
+
+        Whoever unpickles them in this process must find these instances, so they are known from here on.
+        """
+        refs: dict[bytes, ObjectRef[Any]] = {}
+        for item in serialized.refs:
+            if isinstance(item, Client):
+                if item.weak:
+                    continue  # nobody counts it
+                item = item.ref
+            assert isinstance(item, ObjectRef)
+            self.follow(item)
+            refs[item.binary()] = item
+        return list(refs.values())
+
+    def keep_for_good(self, refs: Sequence[ObjectRef[Any]]) -> None:
+        """References that leave with code, which may be run whenever: they live as long as this process. Any thread."""
+        if refs:
+            self._kept_for_good.extend(refs)
+            self.reactor.call_soon(self.publish_all, refs)
+
+    def escaped_unseen(self, ref: ObjectRef[Any]) -> None:
+        """Pickled by somebody else, who does not count: keep the object for this process's life. Any thread."""
+        self.follow(ref)
+        self.keep_for_good([ref])
+
+    def borrow(self, object_id: bytes, home: bytes) -> ObjectRef[Any]:
+        """The record of an object that somebody else made (or that this process did, if it comes back). Any thread."""
+        use = self._known.get(object_id)
+        ref: ObjectRef[Any] | None = use() if use is not None else None
+        if ref is not None:
+            return ref
+        with self._known_lock:
+            use = self._known.get(object_id)
+            ref = use() if use is not None else None
+            if ref is None:
+                ref = ObjectRef(object_id, home, owned=False)
+                self.follow(ref)
+                self.uses_begun += 1
+                self.reactor.call_soon(self._use, object_id, home)
+        return ref
+
+    def _use(self, object_id: bytes, home: bytes) -> None:
+        self._tell_last_uses()  # an earlier use of the same object may have ended: that must be told first
+        self.agent.request(Use(object_id=object_id, home=home), self._use_counted)
+
+    def _use_counted(self, _reply: Reply) -> None:
+        self.uses_counted += 1
+        while self._after_uses and self._after_uses[0][0] <= self.uses_counted:
+            self._after_uses.pop(0)[1]()
+
+    def after_uses(self, call: Callable[[], None]) -> None:
+        """Run `call` once every use that was begun so far is counted by its home."""
+        if self.uses_counted >= self.uses_begun:
+            call()
+        else:
+            self._after_uses.append((self.uses_begun, call))
+
+    def _hear_last_uses(self, _events: int) -> None:
+        self._last_uses.heard()
+        self._tell_last_uses()
+
+    def _tell_last_uses(self) -> None:
+        gone, known = self._last_uses.gone, self._known
+        dropped: list[tuple[bytes, bytes]] = []
+        unseen: list[bytes] = []
+        with self._known_lock:
+            for _ in range(len(gone)):
+                use = gone.popleft()
+                if known.get(use.key) is use:
+                    del known[use.key]
+                dropped.append((use.key, use.home))
+                if use.note:
+                    unseen.append(use.note)
+                if use.request and self.agent.forget(use.request):
+                    self.agent.send(CancelResolve(use.request))
+        if dropped:
+            self.agent.send(Unuse(dropped))
+        for note in unseen:
+            if self.on_unseen_error is not None:
+                self.on_unseen_error(note)
+
+    # ------------------------------------------------------------------------------------- bytes in the store: reading
+
+    def fetch(self, ref: ObjectRef[Any], answered: Callable[[Any], None]) -> int:
+        """Ask for a local, pinned copy; the answer is a `Resolved` or `Failed`."""
+        return self.agent.request(Resolve(object_id=ref.binary(), home=ref.home, fetch=True), answered)
+
+    def cancel_fetch(self, request: int) -> None:
+        self.agent.send(CancelResolve(request))
+
+    def view_of(self, ref: ObjectRef[Any], reply: Resolved) -> memoryview:
+        """The pinned bytes; unpinned when the last view of them is gone. Any thread."""
+        view, holder = self.arena.lend(reply.offset, reply.state.size)
+        pin = self._pins.follow(holder, ref.binary())
+        self._pinned[id(pin)] = pin
+        return view
+
+    def _hear_pins(self, _events: int) -> None:
+        self._pins.heard()
+        gone = self._pins.gone
+        object_ids = []
+        for _ in range(len(gone)):
+            pin = gone.popleft()
+            self._pinned.pop(id(pin), None)
+            object_ids.append(pin.key)
+        if object_ids:
+            self.agent.send(Unpin(object_ids))
+
+    # ------------------------------------------------------------------------------------- bytes in the store: writing
+
+    def put(self, value: Any) -> ObjectRef[Any]:
+        serialized = serialize(value)
+        if serialized.flat_size > INLINE_BYTES:
+            return self.put_serialized(serialized)
+        if self.closed:
+            self.check_open()
+        ref: ObjectRef[Any] = ObjectRef(self.prefix + next(self.counter).to_bytes(8, "little") + PUT_INDEX, self.node_id)
+        if serialized.refs:
+            ref.contained = self.contained_refs(serialized)
+        ref.value = serialized.flatten()
+        ref.state = INLINE
+        return ref
+
+    def put_serialized(self, serialized: Serialized) -> ObjectRef[Any]:
+        """Store a large value of this process. By a user's thread."""
+        ref: ObjectRef[Any] = ObjectRef(self.prefix + next(self.counter).to_bytes(8, "little") + PUT_INDEX, self.node_id)
+        if serialized.refs:
+            ref.contained = self.contained_refs(serialized)
+        self.follow(ref)  # first: if this thread is interrupted after the bytes are stored, they go with the ref
+        self.store(serialized, ref.binary(), self.node_id, self.worker_id, ref.contained or ())
+        ref.size, ref.local = serialized.flat_size, True
+        ref.state = STORED
+        return ref
+
+    def store(self, value: Serialized, object_id: bytes, home: bytes, owner: bytes, refs: Sequence[ObjectRef[Any]]) -> None:
+        """Copy a value into this node's store and seal it. By a user's thread.
+
+        Raises:
+            ObjectStoreFullError: no room, and none to be had.
+        """
+        self.check_open()
+        self.check_may_block()
+        room = _Room(self, value.flat_size)
+        try:
+            offset = room.wait()
+            arena = self.arena
+            arena.populate(offset, room.size)
+            value.write_into(arena.view(offset, room.size))
+            self.reactor.call_soon(room.seal, object_id, home, owner, refs)
+        except BaseException:
+            self.reactor.call_soon(room.leave)
+            raise
+
+
+class _Room:
+    """Bytes of the store on their way to be an object. Whenever its thread is interrupted, what is not sealed goes back."""
+
+    __slots__ = ("_answer", "_left", "_offset", "_runtime", "_sealed", "size")
+
+    def __init__(self, runtime: References, size: int) -> None:
+        self.size = size
+        self._runtime = runtime
+        self._answer = Answer()
+        self._offset = -1
+        self._sealed = self._left = False
+
+    def wait(self) -> int:
+        """The offset. By the thread that writes."""
+        runtime = self._runtime
+        runtime.reactor.call_soon(self._ask)
+        reply = runtime.wait_answer(self._answer)
+        if not isinstance(reply, Failed):
+            return self._offset
+        if reply.kind == "store_full":
+            raise exceptions.ObjectStoreFullError(reply.text)
+        raise exceptions.LocalAgentDiedError(runtime.closed or reply.text)
+
+    def _ask(self) -> None:
+        self._runtime.agent.request(Allocate(size=self.size), self._answered)
+
+    def _answered(self, reply: Reply) -> None:
+        if isinstance(reply, Allocated):
+            self._offset = reply.offset
+            if self._left:
+                self._give_back()
+        self._answer.set(reply)
+
+    def seal(self, object_id: bytes, home: bytes, owner: bytes, refs: Sequence[ObjectRef[Any]]) -> None:
+        self._sealed = True
+        runtime = self._runtime
+        runtime.agent.send(Seal(object_id, self._offset, self.size, home, owner, runtime.name_all(refs)))
+
+    def leave(self) -> None:
+        self._left = True
+        if self._offset >= 0 and not self._sealed:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._runtime.agent.send(Release(self._offset, self.size))
+
+
+def error_state(error: BaseException) -> ObjectState:
+    """What an object is that failed with `error`."""
+    return ObjectState(ERROR, serialize(error).flatten())
