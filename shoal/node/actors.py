@@ -10,20 +10,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from shoal.control.messages import ActorFailed, ActorGone, ActorStarted, ActorWaits, StartActor, StopActor
+from shoal.control.messages import ActorFailed, ActorGone, ActorStarted, ActorWaits, JobInfo, StartActor, StopActor
 from shoal.exceptions import ShoalError
-from shoal.node.leases import Decision, Grant, Wait
+from shoal.node.leases import Decision, Grant, LeaseScheduler, Wait
 from shoal.node.messages import ActorReady, BeginActor, EndActor, LeaseSpec, WorkerExit
-from shoal.node.workers import Worker, WorkerDiedError
-
-if TYPE_CHECKING:
-    from shoal.node.agent import Agent
+from shoal.node.workers import Worker, WorkerDiedError, WorkerPool
+from shoal.rpc.messages import Message
 
 logger = logging.getLogger(__name__)
 
 Devices = dict[str, list[int]]
+
+
+class Host(Protocol):
+    """What actors ask of the agent that they are part of."""
+
+    pool: WorkerPool
+
+    @property
+    def scheduler(self) -> LeaseScheduler: ...
+    async def job(self, job_id: bytes) -> JobInfo: ...
+    def assigned(self, worker: Worker, job_id: bytes) -> None:
+        """The worker belongs to this job from now on."""
+
+    def tell_control(self, message: Message) -> None: ...
+    def decide_soon(self) -> None: ...
 
 
 class _Hosted:
@@ -42,7 +55,7 @@ class _Hosted:
 class ActorHost:
     """The agent's actors. All state about one is dropped when its process has ended."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Host) -> None:
         self._agent = agent
         self._actors: dict[bytes, _Hosted] = {}
 
@@ -83,9 +96,7 @@ class ActorHost:
                 kind = "refused" if isinstance(exc, OSError) else "crashed"
                 agent.tell_control(ActorFailed(spec.actor_id, order.incarnation, kind, str(exc)))
             return
-        process = agent.process(worker.worker_id)
-        if process is not None:
-            process.job_id = spec.job_id
+        agent.assigned(worker, spec.job_id)
         stopped = self._why_stopped(hosted)
         if stopped or worker.connection is None:
             agent.pool.end(worker, stopped or "it ended during its start", intended=True)

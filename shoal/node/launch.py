@@ -17,7 +17,8 @@ from shoal.node.settings import NodeOptions
 
 __all__ = ["NodeOptions", "RunningNode", "spawn_node", "start_node"]
 
-START_TIMEOUT_S: Final = 60.0
+GIVE_UP_S: Final = 2.0
+"""How long a node may take to end when its start is interrupted."""
 
 
 class RunningNode:
@@ -57,8 +58,12 @@ class StartingNode:
         try:
             said = stdout.readline()  # not read(): the node's other processes hold the pipe's other end too
         except BaseException:
-            self.process.kill()
-            self.process.wait()
+            self.process.terminate()  # it removes what it has made so far
+            try:
+                self.process.wait(GIVE_UP_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
             raise
         finally:
             stdout.close()

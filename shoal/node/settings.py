@@ -56,6 +56,25 @@ class Capacity(msgspec.Struct, frozen=True):
     labels: dict[str, str]
 
 
+class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that an agent is told at its start."""
+
+    node_id: bytes
+    token: bytes
+    address: str
+    node_ip: str
+    folder: str
+    logs: str
+    sockets: str
+    agent_socket: str
+    control_socket: str
+    control_address: str
+    is_head: bool
+    total: Amounts
+    labels: dict[str, str]
+    store_bytes: int
+
+
 def detect_capacity(options: NodeOptions) -> Capacity:
     """The node's resources: what was asked for, else what this machine (or its container) has.
 

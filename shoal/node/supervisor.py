@@ -30,7 +30,7 @@ import msgspec
 from shoal import log_config, session
 from shoal.control.server import ControlSettings, run_control
 from shoal.exceptions import ShoalError
-from shoal.node.agent import AgentSettings, run_agent
+from shoal.node.agent import run_agent
 from shoal.node.processes import (
     allow_open_files,
     describe_status,
@@ -39,7 +39,7 @@ from shoal.node.processes import (
     reset_after_fork,
     set_title,
 )
-from shoal.node.settings import NodeOptions, detect_capacity
+from shoal.node.settings import AgentSettings, NodeOptions, detect_capacity
 from shoal.node.zygote import run_zygote
 from shoal.objects.arena import Arena
 from shoal.objects.ids import new_node_id
