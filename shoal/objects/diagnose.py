@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shoal.exceptions import UnserializableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MAX_DEPTH: Final = 50
 MAX_TRIES: Final = 5_000
@@ -28,21 +28,24 @@ _MAX_KEY_TEXT: Final = 60
 _LEAVES: Final = (type(None), bool, int, float, complex, str, bytes, bytearray, ModuleType)
 
 
-def explain(value: object, error: BaseException, what: str = "value") -> UnserializableError:
+def explain(
+    value: object, error: BaseException, what: str, try_to_pickle: Callable[[object], object]
+) -> UnserializableError:
     """The error to raise for `value`, whose pickling raised `error`.
 
     Args:
+        try_to_pickle: raises for what cannot be pickled; its result does not matter.
         what: what the value is, in the words of whoever passed it: the path begins with it.
     """
-    culprit, path, cause, kind = _search(value, error, what)
+    culprit, path, cause, kind = _search(value, error, what, try_to_pickle)
     where = f"{path} (type {kind})" if kind else path
     return UnserializableError(_describe(culprit), where, _reason(culprit, cause))
 
 
-def _search(value: object, error: BaseException, what: str) -> tuple[object, str, BaseException, str]:
+def _search(
+    value: object, error: BaseException, what: str, try_to_pickle: Callable[[object], object]
+) -> tuple[object, str, BaseException, str]:
     """Returns (object to blame, its path, what pickling it raised, name of the type that holds it or "")."""
-    from shoal.objects.serialization import pickle_anything
-
     give_up_at = time.monotonic() + MAX_SECONDS
     tries = 0
     path, cause, holder = what, error, ""
@@ -59,7 +62,7 @@ def _search(value: object, error: BaseException, what: str) -> tuple[object, str
             if tries > MAX_TRIES or time.monotonic() > give_up_at:
                 return value, path, cause, holder
             try:
-                pickle_anything(part)
+                try_to_pickle(part)
             except Exception as exc:  # noqa: BLE001 # whatever users' `__reduce__` raises is what we look for
                 holder = _holder_name(value, suffix)
                 value, cause, found = part, exc, True

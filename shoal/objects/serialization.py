@@ -352,7 +352,7 @@ def serialize(value: Any, what: str | None = None) -> Serialized:
     except Exception as exc:  # the boundary to users' `__reduce__` and `__getstate__`
         from shoal.objects.diagnose import explain
 
-        raise explain(value, exc, what or "value") from exc
+        raise explain(value, exc, what or "value", pickle_anything) from exc
 
 
 def _serialize_atoms(container: Any, values: Iterable[Any]) -> Serialized:

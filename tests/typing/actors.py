@@ -126,7 +126,7 @@ class Typed:
 
     @shoal.method
     async def later(self, name: str) -> str:
-        return name + str(self.add(1) if False else "")
+        return name + str(self.add(1))
 
 
 typed = shoal.typed(shoal.remote(Typed).remote())
