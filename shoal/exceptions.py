@@ -501,9 +501,9 @@ class WorkerCrashedError(ShoalError):
 
     def __str__(self) -> str:
         line = self.text or "the worker process ended while it ran the task"
-        if self.signal:
+        if self.signal and "killed by" not in line:
             line += f" (killed by signal {self.signal})"
-        elif self.exit_code is not None:
+        elif self.exit_code is not None and "exit code" not in line:
             line += f" (exit code {self.exit_code})"
         if self.log_tail:
             line += "; its last lines:\n  " + "\n  ".join(self.log_tail)

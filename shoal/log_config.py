@@ -39,9 +39,10 @@ def configure(
         ValueError: there is no such level.
     """
     number = parse_level(level)
-    logger = logging.getLogger() if own_process else logging.getLogger("shoal")
-    for old in [handler for handler in logger.handlers if isinstance(handler, _ProcessLog)]:
-        remove(old)
+    root = logging.getLogger()
+    logger = root if own_process else logging.getLogger("shoal")
+    for old in [handler for handler in {*root.handlers, *logger.handlers} if isinstance(handler, _ProcessLog)]:
+        remove(old)  # a worker was forked by a process of ours, whose file is not for what user code logs
     handler = _ProcessLog(
         os.path.join(folder, f"{process_name}.log"), maxBytes=MAX_FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8",
         delay=not own_process, errors="backslashreplace",
@@ -63,7 +64,7 @@ def remove(handler: logging.Handler) -> None:
             logger.removeHandler(handler)
             if logger.name == "shoal":
                 logger.propagate = True
-                logger.setLevel(logging.NOTSET)
+            logger.setLevel(logging.NOTSET if logger.name == "shoal" else logging.WARNING)
     handler.close()
 
 

@@ -35,7 +35,7 @@ MAX_SOCKET_FOLDER_BYTES: Final = 60
 
 MIN_TOKEN_CHARS: Final = 16
 STARTING_GRACE_S: Final = 60.0
-"""How long a folder without `node.json` may belong to a node that is still starting, whatever became of its maker."""
+"""How long a folder that does not say who made it may belong to a node that is just being started."""
 
 
 class SessionError(RuntimeError):
@@ -366,9 +366,8 @@ def _is_dead(folder: NodeFolder) -> bool:
         return not record.is_alive() and not _is_elsewhere(record.supervisor_stamp)
     try:
         pid, _, stamp = (folder.path / "creator").read_text("utf-8").strip().partition(" ")
-        if process_stamp(int(pid)) == stamp or _is_elsewhere(stamp):
-            return False
-    except FileNotFoundError:  # swept before, or made this very moment
+        return process_stamp(int(pid)) != stamp and not _is_elsewhere(stamp)
+    except (FileNotFoundError, ValueError):  # swept before, or made this very moment
         pass
     try:
         return time.time() - folder.path.stat().st_mtime > STARTING_GRACE_S

@@ -126,13 +126,11 @@ class RuntimeContext:
         Raises:
             RuntimeError: not called inside an actor.
         """
-        mine = self._data.actor_id
-        if not mine:
+        data = self._data
+        if not data.actor_id:
             raise RuntimeError("current_actor exists only inside an actor")
-        for info in self._runtime.list_actors(named_only=False, namespace=""):
-            if info.actor_id == mine:
-                return ActorHandle(self._runtime.borrow_actor(mine, b"", weak=True), ClassInfo.unpack(info.handle))
-        raise RuntimeError("the current actor is not known to the cluster any more")
+        client = self._runtime.borrow_actor(data.actor_id, b"", weak=True)
+        return ActorHandle(client, ClassInfo.unpack(data.actor_handle))
 
     def get(self) -> dict[str, str]:
         """The ids of this place as one dict, without those that it does not have."""

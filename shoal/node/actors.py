@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
 from typing import Protocol
 
 from shoal.control.messages import ActorFailed, ActorGone, ActorStarted, ActorWaits, JobInfo, StartActor, StopActor
 from shoal.exceptions import ShoalError
 from shoal.node.leases import Decision, Grant, LeaseScheduler, Wait
 from shoal.node.messages import ActorReady, BeginActor, EndActor, LeaseSpec, WorkerExit
+from shoal.node.starting import Starting
 from shoal.node.workers import Worker, WorkerDiedError, WorkerPool
 from shoal.rpc.messages import Message
 
@@ -40,13 +42,14 @@ class Host(Protocol):
 
 
 class _Hosted:
-    __slots__ = ("devices", "order", "started", "stopping", "timer", "turn", "worker")
+    __slots__ = ("devices", "order", "placed_unix_s", "started", "stopping", "timer", "turn", "worker")
 
     def __init__(self, order: StartActor) -> None:
         self.order = order
         self.worker: Worker | None = None
         self.devices: Devices | None = None  # the resources are held
         self.turn: asyncio.Event | None = None  # set when its turn in the line has come, or it need not wait any more
+        self.placed_unix_s = 0.0  # when its turn had come
         self.started = False  # the constructor returned
         self.stopping = ""
         self.timer: asyncio.TimerHandle | None = None
@@ -62,6 +65,15 @@ class ActorHost:
     def is_detached(self, actor_id: bytes) -> bool:
         hosted = self._actors.get(actor_id)
         return hosted is not None and hosted.order.spec.detached
+
+    def starting(self) -> Iterator[Starting]:
+        """Actors that have their resources and whose constructor has not returned."""
+        for hosted in self._actors.values():
+            if hosted.placed_unix_s and not hosted.started and not hosted.stopping:
+                spec, worker = hosted.order.spec, hosted.worker
+                runs = worker is not None and worker.connection is not None
+                text = f"its constructor runs (pid {worker.pid})" if worker and runs else "its process is starting"
+                yield Starting(spec.class_name, spec.resources, spec.job_id, hosted.placed_unix_s, text)
 
     # ------------------------------------------------------------------------------------------------- starting
 
@@ -82,6 +94,8 @@ class ActorHost:
             else:
                 self._refuse(order, "the node is busy")
             return
+
+        hosted.placed_unix_s = time.time()
 
         def claim(worker: Worker) -> None:
             worker.actor_id, worker.incarnation = spec.actor_id, order.incarnation

@@ -451,7 +451,9 @@ class Agent:
 
     def _measure(self) -> tuple[Any, ...]:
         """This node's state, as the fields of a `NodeReport`."""
-        demands = self.scheduler.demand_reports(time.time())
+        now = time.time()
+        demands = self.scheduler.demand_reports(now)
+        demands += starting.reports([*self.leases.starting(), *self.actors.starting()], now)
         return dict(self.scheduler.available), self.objects.store.used, demands, len(self.pool)
 
     def _lost_control(self, reason: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
@@ -18,12 +18,14 @@ from shoal.node.messages import (
     LeaseGranted,
     LeaseLost,
     LeaseRedirected,
+    LeaseSpec,
     LeaseWaiting,
     ReclaimLeases,
     ReturnLease,
     WorkerAddress,
     WorkerExit,
 )
+from shoal.node.starting import Starting
 from shoal.node.workers import Worker, WorkerDiedError, WorkerPool
 from shoal.rpc.messages import Message
 from shoal.scheduling.views import Amounts, NodeView
@@ -54,12 +56,16 @@ class Surroundings(Protocol):
 
 
 class _Lease:
-    __slots__ = ("class_id", "owner", "worker")
+    __slots__ = ("class_id", "granted_unix_s", "known", "owner", "reclaimed", "spec", "worker")
 
-    def __init__(self, owner: bytes, class_id: int) -> None:
+    def __init__(self, owner: bytes, class_id: int, spec: LeaseSpec) -> None:
         self.owner = owner
         self.class_id = class_id
+        self.spec = spec
+        self.granted_unix_s = time.time()
         self.worker: Worker | None = None
+        self.known = False  # its owner was told
+        self.reclaimed = False  # before that: it was asked to return leases, which meant this one too
 
 
 class LeaseService:
@@ -123,6 +129,14 @@ class LeaseService:
             self._around.send_to(lease.owner, LeaseLost(worker.lease_id, exit))
             self.scheduler.release(worker.lease_id)
 
+    def starting(self) -> Iterator[Starting]:
+        """Leases that were granted and have no worker yet."""
+        for lease in self._leases.values():
+            if not lease.known:
+                spec = lease.spec
+                text = "its worker process is starting"
+                yield Starting(spec.name, spec.resources, spec.job_id, lease.granted_unix_s, text)
+
     # ------------------------------------------------------------------------------------------------ deciding
 
     def decide_soon(self) -> None:
@@ -141,7 +155,7 @@ class LeaseService:
             message: Message
             match decision:
                 case Grant():
-                    lease = self._leases[decision.lease_id] = _Lease(owner, decision.class_id)
+                    lease = self._leases[decision.lease_id] = _Lease(owner, decision.class_id, decision.spec)
                     around.spawn(self._carry_out(decision, lease), "grant")
                     continue
                 case Redirect():
@@ -151,6 +165,8 @@ class LeaseService:
                     message = LeaseWaiting(decision.class_id, decision.reason)
                 case Reclaim():
                     message = ReclaimLeases()
+                    for lease in self._leases.values():
+                        lease.reclaimed = lease.reclaimed or (lease.owner == owner and not lease.known)
             around.send_to(owner, message)
         around.report_soon()
 
@@ -181,5 +197,8 @@ class LeaseService:
         if grant.lease_id not in self._leases or worker.lease_id != grant.lease_id:
             return  # it was given back, or its worker ended, in the meantime
         address = WorkerAddress(worker.worker_id, around.node_id, around.address, worker.socket_path, worker.pid)
+        lease.known = True
         if not around.send_to(lease.owner, LeaseGranted(grant.class_id, grant.lease_id, address, grant.devices)):
             self.give_back(ReturnLease(grant.lease_id))
+        elif lease.reclaimed:
+            around.send_to(lease.owner, ReclaimLeases())

@@ -12,17 +12,18 @@ from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
+_PR_SET_CHILD_SUBREAPER: Final = 36
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel end this process the moment its parent's main thread ends, however that ends.
+def die_with_parent(parent_pid: int, sig: int = signal.SIGKILL) -> None:
+    """Have the kernel send `sig` to this process the moment its parent's main thread ends, however that ends.
 
     Call it right after fork; `parent_pid` guards against a parent that ended before the call took effect.
     """
     if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _libc.prctl(_PR_SET_PDEATHSIG, sig, 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(1)
 
@@ -48,6 +49,50 @@ def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
     except ProcessLookupError:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, sig)  # it had not become a leader yet
+
+
+def adopt_orphans() -> None:
+    """From now on processes below this one whose parents end become children of this one, so that none gets lost."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def children() -> list[int]:
+    """Pids of this process's children, adopted ones and zombies included. It must have one thread only."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []  # not Linux, or a kernel without this file: process groups must do
+
+
+def end_children(limit_s: float) -> None:
+    """SIGKILL and reap all children, then theirs, which become ours, until there are none; for `limit_s` at most."""
+    deadline = time.monotonic() + limit_s
+    while pids := children():
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            if not _reap(pid, deadline):
+                return
+
+
+def _reap(pid: int, deadline: float) -> bool:
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            return False
+    finally:
+        os.close(handle)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+    return True
 
 
 def reset_after_fork() -> None:

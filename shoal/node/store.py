@@ -225,6 +225,7 @@ class Store:
             self._free(copy.offset, copy.size)
         elif not copy.primary:
             self._offer(object_id, copy)
+            self._serve()
 
     def delete(self, object_id: bytes) -> None:
         """Nobody refers to the object any more; its room returns now or with the last pin."""
@@ -243,9 +244,9 @@ class Store:
 
     def process_gone(self, process: bytes) -> None:
         """Room that it never sealed and pins that it held return."""
+        self._creators = deque(creator for creator in self._creators if creator.process != process)
         for object_id in list(self._pinned_by.get(process, ())):
             self._drop_pin(object_id, self._copies[object_id], process)
-        self._creators = deque(creator for creator in self._creators if creator.process != process)
         for offset, size in self._unsealed.pop(process, {}).items():
             self._free(offset, size)
 

@@ -249,7 +249,6 @@ class Supervisor:
                 elif not os.read(lifeline or 0, 4096):
                     self._stopping = "the program that started the node ended"
             for name, why in self._reap():
-                self.failed = self.failed or why != "exit code 0"
                 level = logging.INFO if why == "exit code 0" else logging.ERROR
                 logger.log(level, "%s ended: %s; the node ends too", name, why)
                 self._stopping = self._stopping or f"{name} ended ({why})"
@@ -262,7 +261,10 @@ class Supervisor:
                 break
             name = self._children.pop(pid, None)
             if name is not None:
-                ended.append((name, describe_status(status)[2]))
+                why = describe_status(status)[2]
+                # Each of them, not the first only: the zygote notices the end of a killed agent before we do.
+                self.failed = self.failed or why not in ("exit code 0", "killed by SIGTERM")
+                ended.append((name, why))
         return ended
 
     # ---------------------------------------------------------------------------------------------- stopping

@@ -80,7 +80,8 @@ class Connection(asyncio.Protocol):
         self._reader = FrameReader()
         self._outbox: list[bytes] = []
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
+        self._made: asyncio.Transport | None = None
+        self._transport: asyncio.Transport | None = None  # from `attached` on
         self._requests: dict[int, asyncio.Future[Reply]] = {}
         self._rids = itertools.count(1)
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -164,13 +165,22 @@ class Connection(asyncio.Protocol):
         logger.warning("unexpected message peer=%s message=%s", self.peer_name, type(message).__name__)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._made = cast(asyncio.Transport, transport)
+
+    def attached(self) -> None:
+        """The loop owns the socket now: do what was asked for before.
+
+        Not in `connection_made`: uvloop closes a socket that is closed there without telling the socket object, which
+        then, when it is collected, closes whatever has the same number.
+        """
+        transport = self._transport = self._made
+        assert transport is not None
         if self._reason is not None:
-            self._transport.abort()
+            transport.abort()
         elif self._closing:
             self.close()
-        elif self._outbox:
-            self._loop.call_soon(self._flush)
+        else:
+            self._flush()
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -345,6 +355,7 @@ async def attach(connection: Connection, sock: socket.socket) -> None:
     """Begin to speak over `sock`; handlers of `connection` must be set before."""
     loop = asyncio.get_running_loop()
     await loop.create_connection(lambda: connection, sock=sock)
+    connection.attached()
 
 
 async def listen_local(

@@ -54,7 +54,7 @@ def make_decoder(messages: Any) -> msgspec.msgpack.Decoder[list[Any]]:
     return msgspec.msgpack.Decoder(list[messages])
 
 
-def decode_frame(decoder: msgspec.msgpack.Decoder[list[Any]], body: memoryview | bytes) -> list[Any]:
+def decode_frame(decoder: msgspec.msgpack.Decoder[list[Any]], body: memoryview | bytes | bytearray) -> list[Any]:
     """The messages in one frame's body.
 
     Raises:

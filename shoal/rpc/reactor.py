@@ -223,6 +223,7 @@ class Channel:
         self._deadline: Timer | None = None
         self._address = ""  # where `connect` was told to go
         self._failed: OSError | None = None  # of a write
+        self._shaken = bytearray()  # of the handshake's next message
 
     # ------------------------------------------------------------------------------------------------- opening
 
@@ -471,19 +472,21 @@ class Channel:
         """Take one handshake message if it is there. False when there is nothing more to read now."""
         handshake = self._handshake
         assert handshake is not None
+        head = self._shaken
         try:
-            head = sock.recv(4 + MAX_HANDSHAKE_BYTES, socket.MSG_PEEK)
-            if not head:
-                self.close(self._unreachable(self._failed or "it closed the connection during the handshake"))
-                return False
-            if len(head) < 4:
-                return False
-            size = int.from_bytes(head[:4], "little")
+            size = int.from_bytes(head[:4], "little") if len(head) >= 4 else 0
             if size > MAX_HANDSHAKE_BYTES:
                 raise FrameError("the peer does not speak shoal's protocol")
-            if len(head) < 4 + size:
+            wanted = 4 + size - len(head)
+            data = sock.recv(wanted)
+            if not data:
+                self.close(self._unreachable(self._failed or "it closed the connection during the handshake"))
                 return False
-            [message] = decode_frame(handshake_decoder, sock.recv(4 + size)[4:])
+            head += data
+            if len(data) < wanted or len(head) == 4:
+                return True  # more may be there
+            self._shaken = bytearray()
+            [message] = decode_frame(handshake_decoder, head[4:])
             answer = handshake.receive(message)
         except BlockingIOError:
             return False

@@ -1,9 +1,10 @@
-"""Calling actors: one `Client` per actor and process, which queues calls until control says where the actor is, then talks
-to its worker directly, in order and pipelined.
+"""Calling actors: one `Connection` per actor and process, which queues calls until control says where the actor is, then
+talks to its worker directly, in order and pipelined.
 
-A handle is counted like a reference: the client holds a ref to a pseudo-object that stands for the actor (`ids.actor_object_id`),
-whose home is the agent of the node where the actor was created. When the last one anywhere goes, that agent tells control, and
-the actor ends after the calls it has accepted. A call keeps its client, so nothing that was submitted is lost that way.
+A handle is counted like a reference: its `Client` holds a ref to a pseudo-object that stands for the actor
+(`ids.actor_object_id`), whose home is the agent of the node where the actor was created. When the last one anywhere goes,
+that agent tells control, and the actor ends after the calls it has accepted. A call keeps its client, so nothing that was
+submitted is lost that way. Handles that were found by name, and those of detached actors, are weak: nobody counts them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ WINDOW: Final = 10_000
 """Calls sent and not answered, per caller and actor; more wait here rather than in the actor's memory."""
 ASYNC_CONCURRENCY: Final = 1000
 """Calls of an async actor that run at a time, when the class does not say."""
+MAX_BOUNDS: Final = 1000
+"""Methods with their options that are remembered; who makes new options for each call must not fill the memory."""
 REDIAL_S: Final = 1.0
 LAST_WORDS_S: Final = 1.0
 """How long after the news of an actor's end its connection may take to end too; results may still be on it."""
@@ -64,16 +67,13 @@ class ActorArguments(msgspec.Struct, array_like=True, frozen=True):
     packed: bool
 
 
-class Client:
-    """This process's one connection point to one actor. `call` and `location` belong to users' threads."""
+class Connection:
+    """This process's one way to one actor: the order of its calls, and what became of the actor. Reactor's thread only."""
 
-    def __init__(self, manager: ActorManager, actor_id: bytes, home: bytes, weak: bool, label: str = "actor") -> None:
-        self._manager = manager
+    def __init__(self, manager: ActorManager, actor_id: bytes, label: str) -> None:
         self._runtime = manager.runtime
         self._actor_id = actor_id
-        self.weak = weak
         self.label = label
-        self.ref: ObjectRef[Any] = ObjectRef(actor_object_id(actor_id), home, owned=False)  # type: ignore[arg-type]
         self.info = ActorInfo(actor_id, "pending")
         self._queue: collections.deque[TaskRun] = collections.deque()
         self._parked: dict[int, TaskRun] = {}  # by counter: waits for arguments, and holds nobody up (see `any_order`)
@@ -83,28 +83,9 @@ class Client:
         self._unsure: list[TaskRun] = []  # sent over a connection that broke: control says what became of the actor
 
     @property
-    def actor_id(self) -> bytes:
-        return self._actor_id
-
-    @property
     def any_order(self) -> bool:
         """Calls may overtake each other: those whose arguments are not ready need not hold up the rest."""
         return self.info.max_concurrency > 1
-
-    def location(self) -> tuple[bytes, bytes, bool]:
-        return self._actor_id, self.ref.home, self.weak
-
-    def call(self, method: MethodTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = self._manager.bounds.get(method)
-        if bound is None:
-            bound = Bound(
-                self._runtime, method.label, method.label, method.num_returns, method=method.name,
-                max_retries=method.max_task_retries,
-            )  # fmt: skip
-            bound = self._manager.bounds.setdefault(method, bound)
-        return self._runtime.submit_call(self, bound, args, kwargs)
-
-    # ------------------------------------------------------------------------------------------- the reactor's side
 
     def enqueue(self, run: TaskRun) -> None:
         """Take its place in the order; it is sent when its arguments and its turn have come."""
@@ -180,8 +161,7 @@ class Client:
     def _lose_link(self) -> None:
         link, self._link = self._link, None
         if link is not None:
-            self._unsure.extend(link.running.values())
-            link.running.clear()
+            self._unsure.extend(link.take_back())
             link.close()
 
     def _settle_unsure(self) -> None:
@@ -222,11 +202,10 @@ class Client:
 
     def _death(self) -> ObjectState:
         info = self.info
-        cause = None
+        cause: exceptions.TaskError | None = None
         if info.error:
-            cause = deserialize(info.error)
-            if not isinstance(cause, exceptions.TaskError):
-                cause = None
+            found = deserialize(info.error)
+            cause = found.as_raisable() if isinstance(found, exceptions.TaskError) else None
         text = f"{info.class_name or self.label} is dead: {info.cause or info.kind or 'the reason is not known'}"
         error = exceptions.ActorDiedError(
             text, self._actor_id.hex(), actor_init_failed=info.kind == "init_failed", cause=cause
@@ -277,8 +256,7 @@ class Client:
         if self._link is not link:
             return
         self._link = None
-        self._unsure.extend(link.running.values())
-        link.running.clear()
+        self._unsure.extend(link.take_back())
         logger.debug("lost actor=%s: %s", self._actor_id.hex(), reason)
         if self.info.state != "alive":
             self._settle_unsure()
@@ -300,13 +278,51 @@ class Client:
         return f"{self.label} is {self.info.state}" + (f": {reason.text}" if reason is not None else "")
 
 
+class Client:
+    """What handles hold. A counted one keeps the actor alive by its `ref`, a weak one does not; both use one connection.
+
+    A call keeps the client that it was made with, so that an actor ends after all that was submitted to it.
+    """
+
+    def __init__(self, manager: ActorManager, connection: Connection, actor_id: bytes, ref: ObjectRef[Any] | None) -> None:
+        self._manager = manager
+        self._connection = connection
+        self._actor_id = actor_id
+        self.ref = ref  # None: weak
+        # What a call asks of its client is the connection's matter.
+        self.enqueue = connection.enqueue
+        self.pump = connection.pump
+        self.arguments_ready = connection.arguments_ready
+        self.withdraw = connection.withdraw
+        self.why = connection.why
+
+    @property
+    def actor_id(self) -> bytes:
+        return self._actor_id
+
+    @property
+    def weak(self) -> bool:
+        return self.ref is None
+
+    def location(self) -> tuple[bytes, bytes, bool]:
+        return self._actor_id, self.ref.home if self.ref is not None else b"", self.ref is None
+
+    def call(self, method: MethodTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        manager = self._manager
+        bound = manager.bounds.get(method)
+        if bound is None:
+            bound = manager.bind_method(method)
+        return manager.runtime.submit_call(self, bound, args, kwargs)
+
+
 class ActorManager:
     """All actors that this process knows."""
 
     def __init__(self, runtime: CoreRuntime) -> None:
         self.runtime = runtime
         self.bounds: dict[MethodTemplate, Bound] = {}
-        self._clients: weakref.WeakValueDictionary[bytes, Client] = weakref.WeakValueDictionary()
+        self._connections: weakref.WeakValueDictionary[bytes, Connection] = weakref.WeakValueDictionary()
+        self._counted: weakref.WeakValueDictionary[bytes, Client] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
         self._shipped: set[bytes] = set()
         self._arguments: dict[bytes, Any] = {}  # by actor: what its constructor needs, or may need again
@@ -335,10 +351,9 @@ class ActorManager:
             template.max_task_retries, concurrency, template.env_vars, template.handle,
             msgspec.msgpack.encode(ActorOptions(template.is_async, concurrency, runtime.depth)),
         )  # fmt: skip
-        client = Client(self, actor_id, runtime.node_id, weak=detached, label=template.cls.__name__)
+        client = self._own(actor_id, template.cls.__name__, weak=detached)
         creation = _Creation(self, client, spec, run, blob)
         if not template.name:
-            self._own(client)
             runtime.reactor.call_soon(creation.begin)
             return client, template.handle
         answer = creation.settle_name(template.get_if_exists)
@@ -350,14 +365,35 @@ class ActorManager:
         blob = self.runtime.pack_code(template.cls, f"the class {template.cls.__name__}")
         return self.runtime, bytes(function_id(blob)), blob
 
-    def _own(self, client: Client) -> None:
-        """This process made the actor: its node counts the handles."""
+    def bind_method(self, method: MethodTemplate) -> Bound:
+        """What all calls of this method share; methods of all actors of a class are equal."""
+        if len(self.bounds) >= MAX_BOUNDS:
+            self.bounds.clear()
+        bound = Bound(
+            self.runtime, method.label, method.label, method.num_returns, method=method.name,
+            max_retries=method.max_task_retries,
+        )  # fmt: skip
+        return self.bounds.setdefault(method, bound)
+
+    def _connect(self, actor_id: bytes, label: str) -> Connection:
+        connection = self._connections.get(actor_id)
+        if connection is None:
+            connection = self._connections[actor_id] = Connection(self, actor_id, label)
+        return connection
+
+    def _own(self, actor_id: bytes, label: str, *, weak: bool) -> Client:
+        """This process makes the actor: its node counts the handles."""
+        runtime = self.runtime
         with self._lock:
-            self._clients[client.actor_id] = client
-        ref = client.ref
-        ref.owned, ref.state = True, INLINE
-        if not client.weak:
-            self.runtime.reactor.call_soon(self.runtime.publish, ref)
+            connection = self._connect(actor_id, label)
+            connection.follow()
+            if weak:
+                return Client(self, connection, actor_id, None)
+            ref: ObjectRef[Any] = ObjectRef(actor_object_id(actor_id), runtime.node_id)  # type: ignore[arg-type]
+            ref.state = INLINE
+            client = self._counted[actor_id] = Client(self, connection, actor_id, ref)
+        runtime.reactor.call_soon(runtime.publish, ref)
+        return client
 
     def ship_class(self, class_id: bytes, blob: bytes) -> None:
         """Control keeps each class once."""
@@ -372,14 +408,15 @@ class ActorManager:
             logger.error("control did not take an actor's class: %s", reply.text)
 
     def borrow(self, actor_id: bytes, home: bytes, weak: bool) -> Client:
-        """The client of an actor that somebody else made. Any thread."""
+        """The client of an actor that somebody else made (or this process, if it comes back). Any thread."""
         with self._lock:
-            client = self._clients.get(actor_id)
-            if client is None or (client.weak and not weak):
-                client = Client(self, actor_id, home, weak)
-                if not weak:
-                    client.ref = self.runtime.borrow(actor_object_id(actor_id), home)  # type: ignore[arg-type]
-                self._clients[actor_id] = client
+            client = None if weak else self._counted.get(actor_id)
+            if client is None:
+                connection = self._connect(actor_id, "actor")
+                if weak:
+                    return Client(self, connection, actor_id, None)
+                ref = self.runtime.borrow(actor_object_id(actor_id), home)  # type: ignore[arg-type]
+                client = self._counted[actor_id] = Client(self, connection, actor_id, ref)
         return client
 
     def keep_arguments(self, actor_id: bytes, kept: Any) -> None:
@@ -391,9 +428,9 @@ class ActorManager:
         actor_id = info.actor_id
         if info.state == "dead" or (info.state == "alive" and not info.max_restarts):
             self._arguments.pop(actor_id, None)
-        client = self._clients.get(actor_id)
-        if client is not None:
-            client.update(info)
+        connection = self._connections.get(actor_id)
+        if connection is not None:
+            connection.update(info)
         elif info.state != "dead" and actor_id not in self._arguments:
             self.runtime.tell_control(control.UnwatchActor(actor_id))
 
@@ -405,7 +442,7 @@ class _Creation:
     def __init__(self, manager: ActorManager, client: Client, spec: ActorSpec, run: TaskRun, blob: bytes) -> None:
         self._manager = manager
         self._runtime = manager.runtime
-        self._client = client
+        self._client = client  # keeps the actor until control knows it
         self._spec = spec
         self._run = run
         self._blob = blob
@@ -421,9 +458,10 @@ class _Creation:
             runtime.publish_all(run.keep)
         if run.keep or run.dependencies:
             self._manager.keep_arguments(self._spec.actor_id, (run.keep, run.dependencies))
-        self._client.follow()
-        run.client = self
+        run.client = self  # until the arguments are settled: a circle would keep the actor
         ready = run.dependencies is None or runtime.settle_dependencies(run)
+        if ready:
+            run.client = None
         spec = msgspec.structs.replace(self._spec, arguments=self._packed()) if ready else self._spec
         request = control.CreateActor(spec=spec, get_if_exists=self._get_if_exists, unready=not ready)
         runtime.mail_control(request, self._created)
@@ -437,10 +475,12 @@ class _Creation:
 
     def arguments_ready(self, _run: TaskRun) -> None:
         """The last argument is ready (the runtime calls this as it would a client's)."""
+        self._run.client = None
         self._runtime.tell_control(control.ProvideArguments(self._spec.actor_id, self._packed()))
 
     def withdraw(self, run: TaskRun) -> None:
         """An argument failed: the actor will never be."""
+        self._run.client = None
         if self._announced:
             self._tell_failure()
 
@@ -478,7 +518,6 @@ class _Creation:
             lock.release()
 
         self._answered = answered
-        self._manager._own(self._client)
         self._runtime.reactor.call_soon(self.begin)
         lock.acquire()
         reply = box[0]

@@ -81,6 +81,7 @@ class ActorInstance:
         self._runner.title.fix(self.spec.class_name)
         cause = self._run()
         self.instance = None
+        self._runner.forget_methods()
         if self._exit_code:
             worker_exit.end_process(self._runtime, self._exit_code)
         worker_exit.leave(self._runtime, cause)
@@ -95,6 +96,7 @@ class ActorInstance:
         runtime.depth = self._depth + 1
         label = f"{spec.class_name}.__init__"
         error, text = b"", ""
+        worker_output.flush(self._label)
         try:
             cls = deserialize(self._blob)
             args, kwargs = self._take_arguments()
@@ -109,7 +111,7 @@ class ActorInstance:
             failure = exceptions.TaskError.from_exception(exc, **self._runner.where(label))
             error = serialize(failure).flatten()
             text = f"its constructor raised {type(exc).__name__}: {exc}"
-        worker_output.flush()
+        worker_output.flush(self._label)
         runtime.reactor.call_soon(runtime.agent.send, ActorReady(spec.actor_id, error, text))
         return text
 

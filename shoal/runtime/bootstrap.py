@@ -95,7 +95,7 @@ class DriverRuntime(CoreRuntime):
 def _show_unseen(flat: bytes) -> None:
     try:
         error = deserialize(flat)
-    except Exception as exc:  # its class cannot be imported here
+    except Exception as exc:  # noqa: BLE001 # its class cannot be imported here
         error = f"(it cannot be read here: {exc})"
     logger.error("nobody got this error (SHOAL_IGNORE_UNHANDLED_ERRORS=1 hides such): %s", error)
 
@@ -183,7 +183,9 @@ def _start_local(request: InitRequest, made: Callable[[DriverRuntime], object]) 
 def _join(runtime: DriverRuntime, request: InitRequest, record: session.NodeRecord) -> DriverRuntime:
     runtime.control_address = record.control_address
     if request.log_to_driver:
-        runtime.output = DriverOutput(record.address.rpartition(":")[0].strip("[]"), OutputSettings.from_environment(os.environ))
+        runtime.output = DriverOutput(
+            record.address.rpartition(":")[0].strip("[]"), OutputSettings.from_environment(os.environ)
+        )
         runtime.on_logs = runtime.output.show
     if request.logging_level is not None:
         logging.getLogger("shoal").setLevel(request.logging_level)
@@ -194,7 +196,7 @@ def _join(runtime: DriverRuntime, request: InitRequest, record: session.NodeReco
     )  # fmt: skip
     register = RegisterProcess(
         worker_id=runtime.worker_id, pid=os.getpid(), is_driver=True, job=job, version=__version__,
-        python="%d.%d" % sys.version_info[:2],
+        python=f"{sys.version_info.major}.{sys.version_info.minor}",
     )  # fmt: skip
     runtime.start(record.agent_socket, register)
     return runtime

@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 
 class Caller:
-    """One owner's connection. `posted` counts replies since this side last flushed; the rest belongs to the reactor."""
+    """One owner's connection.
 
-    __slots__ = ("channel", "handover", "held", "job_id", "node_id", "posted", "prefix", "targets", "worker_id")
+    Attributes:
+        flush_due: the reactor will flush what was posted to it; set by any thread, cleared by the reactor just before.
+    """
+
+    __slots__ = ("channel", "flush_due", "handover", "held", "job_id", "node_id", "prefix", "targets", "worker_id")
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -36,7 +40,7 @@ class Caller:
         self.targets: list[Target] = []  # by template id
         self.handover: dict[int, list[Any]] = {}  # by counter: refs in results, kept until the owner counts them
         self.held: collections.deque[Call] = collections.deque()  # see `Executor`
-        self.posted = 0
+        self.flush_due = False
 
     def introduce(self, message: Introduce) -> None:
         self.worker_id, self.job_id, self.node_id = message.worker_id, message.job_id, message.node_id
@@ -46,7 +50,7 @@ class Caller:
 class Target:
     """A template as this worker knows it. `function` is set by whoever runs it first."""
 
-    __slots__ = ("function", "pace_s", "template", "told_s", "uses")
+    __slots__ = ("__weakref__", "function", "pace_s", "template", "told_s", "uses")
 
     def __init__(self, template: Template) -> None:
         self.template = template

@@ -1,8 +1,8 @@
 """This process's connection to its node's agent, and through it to control: asking, telling, and losing it.
 
-Two threads meet in a runtime. The user's threads make ids, serialize, and append what they want to deques; the reactor's
-thread owns everything else: objects' states, scheduling classes, actors, connections. A method that belongs to users'
-threads says so, or is part of the `Runtime` protocol; all others are the reactor's.
+Two kinds of threads meet in a runtime. The user's make ids, serialize, and append what they want to deques; the
+reactor's owns everything else: objects' states, scheduling classes, actors, connections. A method that belongs to
+users' threads says so, or is part of the `Runtime` protocol; all others are the reactor's.
 
 A runtime is one object with a layer for each subject, and each layer knows only those below it:
 
@@ -71,7 +71,7 @@ class NodeConnection:
 
     Attributes:
         closed: why there is no cluster any more; "" while there is one.
-        on_agent_message: what the worker's executor wants to hear of the agent; returns False for what it does not know.
+        on_agent_message: what the worker's executor wants to hear of the agent; False for what it does not know.
         on_lease_message: what the agent says about leases.
         on_lost: the agent is gone (not called when this process leaves by itself).
     """
@@ -118,21 +118,33 @@ class NodeConnection:
         """
         self.reactor.start()
         self.reactor.call_soon(self.agent.connect, f"unix:{agent_socket}", self.token, "agent", self.name)
-        answer = self.ask_agent(register, timeout_s)
-        if isinstance(answer, Failed):
+        registered = Answer()
+
+        def answered(reply: Reply) -> None:
+            if isinstance(reply, ProcessRegistered):
+                self.take_registration(reply)
+            registered.set(reply)
+
+        self.reactor.call_soon(self.agent.request, register, answered)
+        answer = self.wait_answer(registered, timeout_s)
+        if not isinstance(answer, ProcessRegistered):
             self.reactor.stop()
+            if answer is None:
+                raise exceptions.ClusterConnectionError(f"the node's agent did not answer within {timeout_s:.0f} s")
             if answer.kind == "version":
                 raise exceptions.VersionMismatchError(answer.text)
             if isinstance(self._lost, exceptions.AuthenticationError):
                 raise self._lost
             raise exceptions.ClusterConnectionError(answer.text)
+        return answer
+
+    def take_registration(self, answer: ProcessRegistered) -> None:
+        """On the reactor's thread: what comes next from the agent may need all of this."""
         self.node_id, self.node_ip, self.node_address = answer.node_id, answer.node_ip, answer.node_address
         self.session_dir, self.node_total = answer.session_dir, answer.node_total
         self._arena_path, self._arena_capacity = answer.arena_path, answer.arena_capacity
         if answer.job is not None:
             self.set_job(answer.job)
-        registered: ProcessRegistered = answer
-        return registered
 
     def set_job(self, job: control.JobInfo) -> None:
         """From now on this process works for `job`."""
@@ -194,7 +206,7 @@ class NodeConnection:
             raise exceptions.LocalAgentDiedError(self.closed)
 
     def check_may_block(self) -> None:
-        """Raises RuntimeError on the reactor's thread, where waiting would be for ever: it brings what one waits for."""
+        """Raises RuntimeError on the reactor's thread, where waiting would never end: it brings what one waits for."""
         if threading.get_ident() == self.reactor.thread.ident:
             raise RuntimeError(
                 "this call waits, and callbacks of futures may not wait: they run on the thread that brings results; "
@@ -218,7 +230,7 @@ class NodeConnection:
         return answer.wait(timeout_s)
 
     def mail_control(self, message: Request, answered: Callable[[Any], None]) -> None:
-        """Ask control; `answered` is called on the reactor's thread, with Failed when that says no or cannot be reached."""
+        """Ask control; `answered` is called with its answer: a Failed when it says no or cannot be reached."""
         rid = next(self._mail_rids)
         msgspec.structs.force_setattr(message, "rid", rid)
         if self.agent.closed:

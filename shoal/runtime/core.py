@@ -26,7 +26,6 @@ from shoal.node.messages import (
     WorkerExit,
 )
 from shoal.objects.serialization import serialize
-from shoal.rpc.messages import Request
 from shoal.runtime.actor_client import ActorManager, Client
 from shoal.runtime.leases import TaskManager
 from shoal.runtime.link import WorkerLink
@@ -73,10 +72,9 @@ class CoreRuntime(Waiting):
         self._drain_call = (self._drain, ())
         self._links: dict[bytes, WorkerLink] = {}
 
-    def start(self, agent_socket: str, register: Request, timeout_s: float = 30.0) -> ProcessRegistered:
-        registered = super().start(agent_socket, register, timeout_s)
+    def take_registration(self, answer: ProcessRegistered) -> None:
+        super().take_registration(answer)
         self.tasks = TaskManager(self)
-        return registered
 
     def close_channels(self) -> None:
         for link in list(self._links.values()):
@@ -114,7 +112,8 @@ class CoreRuntime(Waiting):
         packed = serialize(code, what=what)
         size = packed.flat_size
         if size > LARGE_CODE_BYTES:
-            text = f"{what} is {size >> 20} MiB large when pickled, because of what it refers to; put() that and pass the reference"
+            why = "because of what it refers to; put() that and pass the reference"
+            text = f"{what} is {size >> 20} MiB large when pickled, {why}"
             if size > MAX_CODE_BYTES:
                 raise ValueError(f"{text} (at most {MAX_CODE_BYTES >> 20} MiB)")
             logger.warning("%s", text)
@@ -260,6 +259,7 @@ class CoreRuntime(Waiting):
                     arguments.append(Argument(ref.binary(), ref.home, ObjectState(PENDING)))
                     continue
             elif state in (ERROR, LOST):
+                self.seen(ref)
                 self.fail(run, self.state_of(ref))
                 return False
             arguments.append(Argument(ref.binary(), ref.home, self.state_of(ref)))
@@ -304,7 +304,9 @@ class CoreRuntime(Waiting):
         self.fail(run, error_state(error))
 
     def fail_crashed(self, run: TaskRun, exit: WorkerExit, where: WorkerAddress) -> None:
-        text = f"{run.bound.name} was running on pid {where.pid}, node {where.node_id.hex()[:12]}, when its worker ended"
+        text = (
+            f"{run.bound.name} was running on pid {where.pid}, node {where.node_id.hex()[:12]}, when its worker ended"
+        )
         if exit.cause:
             text += f": {exit.cause}"
         code = None if exit.signal or not exit.code else exit.code
@@ -356,7 +358,9 @@ class CoreRuntime(Waiting):
         if self._links.get(link.address.worker_id) is link:
             del self._links[link.address.worker_id]
 
-    def create_actor(self, template: ActorTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Client, bytes]:
+    def create_actor(
+        self, template: ActorTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Client, bytes]:
         self.check_open()
         return self.actors.create(template, args, kwargs)
 

@@ -15,7 +15,9 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Protocol
 
 from shoal import exceptions
@@ -75,6 +77,7 @@ class CallRunner:
         self.title = ProcessTitle(runtime.reactor, self._running_target)
         self._on_thread = threading.local()
         self._functions: dict[bytes, Callable[..., Any]] = {}  # by code: many callers may send the same
+        self._methods: weakref.WeakSet[Target] = weakref.WeakSet()  # those with a bound method of the actor's instance
         self._flushed_at = 0.0
 
     # -------------------------------------------------------------------------------------------------- running
@@ -84,7 +87,9 @@ class CallRunner:
         target, caller = call.target, call.caller
         begin = time.perf_counter()
         pace = target.pace_s
-        if caller.posted and (pace is None or pace > SHORT_S or begin - self._flushed_at > HOLD_BACK_S):
+        if caller.flush_due and (
+            pace is None or pace > SHORT_S or target.template.once or begin - self._flushed_at > HOLD_BACK_S
+        ):
             self.flush(caller)
         if target is not self.title.shown:
             self.title.show(target, begin)
@@ -123,6 +128,7 @@ class CallRunner:
             if self.actor is None:
                 raise exceptions.ShoalSystemError(f"{template.name} was sent to a worker that is no actor")
             target.function = self.actor.method(template.method)
+            self._methods.add(target)
         else:
             function = self._functions.get(template.code)
             if function is None:
@@ -133,6 +139,11 @@ class CallRunner:
             target.function = function
         assert target.function is not None
         return target.function
+
+    def forget_methods(self) -> None:
+        """The actor's instance is to go: nothing here may keep it."""
+        for target in list(self._methods):
+            target.function = None
 
     def _measure(self, target: Target, caller: Caller, seconds: float) -> None:
         """Smooth the pace of this function, quick to notice that it became slow."""
@@ -230,29 +241,39 @@ class CallRunner:
         """Send now if nothing follows soon, else with what follows. Any thread."""
         self.post(call, reply)
         caller = call.caller
-        if caller.posted:
-            if self.queue.empty():
-                worker_output.flush()  # a line that was begun belongs to this call
-                self.flush(caller)
-            elif caller.posted == 1:
-                self.runtime.reactor.call_soon(caller.channel.flush)  # in case what runs next takes longer than it used to
+        if self.queue.empty():
+            worker_output.flush(self.actor.label if self.actor is not None else "")  # begun lines are this call's
+            self.flush(caller)
+        elif call.target.template.once:
+            self.flush(caller)
+        elif not caller.flush_due:
+            caller.flush_due = True
+            self.runtime.reactor.call_soon(self._flush_due, caller)  # in case what runs next takes longer than it used to
 
     def post(self, call: Call, reply: Finished | Ended) -> None:
         """Put a reply where the next `flush` of its caller takes it. Any thread."""
         runtime, caller = self.runtime, call.caller
         encoded = encode_message(reply)
-        if runtime.uses_counted < runtime.uses_begun:
+        stored = type(reply) is Ended and any(state.state == STORED for state in reply.results)
+        if stored or runtime.uses_counted < runtime.uses_begun:
             # The call borrowed references: the owner may let go of its own only when ours are counted.
-            runtime.reactor.call_soon(runtime.after_uses, lambda: caller.channel.send_encoded(encoded))
+            runtime.reactor.call_soon(runtime.after_uses, partial(self._send_sealed, caller, encoded))
             return
         caller.channel.post(encoded)
-        caller.posted += 1
+
+    def _send_sealed(self, caller: Caller, reply: bytes) -> None:
+        """The owner will wait for the word of the agent that a value is sealed: it must be out when this process dies."""
+        self.runtime.agent.flush()
+        caller.channel.send_encoded(reply)
 
     def flush(self, caller: Caller) -> None:
         """Write what was posted to this caller. Any thread."""
         self._flushed_at = time.perf_counter()
-        caller.posted = 0
         caller.channel.flush_here()
+
+    def _flush_due(self, caller: Caller) -> None:
+        caller.flush_due = False  # first: what is posted from here on has to ask again
+        caller.channel.flush()
 
     # ------------------------------------------------------------------------------------------- who is running
 

@@ -242,6 +242,7 @@ class Executor:
             actor_name=actor.spec.name if actor else "", namespace=runtime.job.namespace, node_ip=runtime.node_ip,
             control_address=runtime.node_address, session_dir=runtime.session_dir, assigned=assigned,
             devices=self._devices, restarts=actor.restarts if actor else 0, env_vars=self._env_vars, is_driver=False,
+            actor_handle=actor.spec.handle if actor else b"",
         )  # fmt: skip
 
 

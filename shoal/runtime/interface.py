@@ -31,7 +31,18 @@ class TaskTemplate:
         env_vars: of the task's runtime_env, merged over the job's.
     """
 
-    __slots__ = ("bound", "env_vars", "function", "max_calls", "max_retries", "name", "num_returns", "resources", "retry_exceptions", "strategy")  # fmt: skip
+    __slots__ = (
+        "bound",
+        "env_vars",
+        "function",
+        "max_calls",
+        "max_retries",
+        "name",
+        "num_returns",
+        "resources",
+        "retry_exceptions",
+        "strategy",
+    )
 
     def __init__(
         self,
@@ -69,7 +80,24 @@ class ActorTemplate:
         handle: opaque bytes from which the API can rebuild a handle (for `get_actor`).
     """
 
-    __slots__ = ("bound", "cls", "detached", "env_vars", "get_if_exists", "handle", "is_async", "max_concurrency", "max_restarts", "max_task_retries", "methods", "name", "namespace", "placement", "resources", "strategy")  # fmt: skip
+    __slots__ = (
+        "bound",
+        "cls",
+        "detached",
+        "env_vars",
+        "get_if_exists",
+        "handle",
+        "is_async",
+        "max_concurrency",
+        "max_restarts",
+        "max_task_retries",
+        "methods",
+        "name",
+        "namespace",
+        "placement",
+        "resources",
+        "strategy",
+    )
 
     def __init__(
         self,
@@ -153,6 +181,7 @@ class ContextData:
     restarts: int = 0  # of the current actor
     env_vars: Mapping[str, str] = field(default_factory=dict)
     is_driver: bool = True
+    actor_handle: bytes = b""  # of the current actor, as `ActorTemplate.handle`
 
 
 class Runtime(Protocol):
@@ -161,7 +190,9 @@ class Runtime(Protocol):
     @property
     def job(self) -> JobInfo: ...
     def submit_task(self, template: TaskTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
-    def create_actor(self, template: ActorTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ActorClient, bytes]:  # fmt: skip
+    def create_actor(
+        self, template: ActorTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[ActorClient, bytes]:
         """Returns the client and the handle bytes of the actor (the existing actor's when get_if_exists found one)."""
 
     def borrow_actor(self, actor_id: bytes, home: bytes, weak: bool = False) -> ActorClient: ...

@@ -1,9 +1,9 @@
 """Noticing that the last reference to something is gone, without running Python code at that moment.
 
-The problem: the agent must hear when this process drops an object, and references die anywhere: in a thread that holds any
-lock, amid a garbage collection, or while a Ctrl-C is on its way. A `__del__` or a Python function as a weak reference's
-callback is a place where an interrupt is raised and then swallowed (Python can only print it), and where another thread
-may run between "the object is gone" and "somebody knows".
+The problem: the agent must hear when this process drops an object, and references die anywhere: in a thread that holds
+any lock, amid a garbage collection, or while a Ctrl-C is on its way. A `__del__`, or a Python function as a weak
+reference's callback, is a place where an interrupt is raised and then swallowed (Python can only print it), and where
+another thread may run between "the object is gone" and "somebody knows".
 
 The choice: two weak references whose callbacks are C functions. One appends itself to a deque: never lost, and done
 before any other thread sees the death. The other rings a bell, an eventfd that the reactor listens to. It was made
@@ -39,12 +39,13 @@ class LastUses:
     """The bell of one runtime, and what it has rung for.
 
     Attributes:
-        gone: appended to by the interpreter; taken by the reactor.
+        gone: appended to by the interpreter, and by whoever has to tell something in order with the ends; taken by the
+            reactor.
         fd: readable when something was appended.
     """
 
     def __init__(self) -> None:
-        self.gone: collections.deque[LastUse] = collections.deque()
+        self.gone: collections.deque[Any] = collections.deque()
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # A class of its own, so that one assignment silences all alarms: `fd` may be somebody else's file then.
         ring = staticmethod(partial(os.eventfd_write, self.fd, 1))

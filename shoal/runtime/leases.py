@@ -66,10 +66,12 @@ class Lease:
         "agent",
         "broken",
         "cls",
+        "exit",
         "idle_since",
         "lease_id",
         "link",
         "load_s",
+        "used",
         "verdict_timer",
         "yielding",
     )
@@ -83,11 +85,19 @@ class Lease:
         self.idle_since = 0.0  # on the monotonic clock; 0.0 while it works
         self.verdict_timer: Timer | None = None
         self.broken = ""
+        self.exit: WorkerExit | None = None  # the worker has ended, and what it said before is not all read yet
+        self.used = False
         self.yielding = False  # others wait for it: nothing more is sent, and it goes back when it has run dry
 
     @property
     def takes_calls(self) -> bool:
         return not self.broken and not self.yielding
+
+    @property
+    def runs_suspect(self) -> bool:
+        """It runs a call that is to be alone: see `SchedulingClass.lost`."""
+        running = self.link.running
+        return bool(running) and next(iter(running.values())).suspect
 
     def run_ended(self, run: TaskRun) -> None:
         self.load_s -= run.bound.pace_s or 0.0
@@ -102,7 +112,21 @@ class Lease:
         self.cls.held_up = True
         self.cls.pump_soon()
 
+    def ended(self, exit: WorkerExit) -> None:
+        """The agent says that the worker ended. Results that it sent before may still be on their way."""
+        if self.link.closed:
+            self.cls.tasks.lose(self, exit)
+            return
+        self.exit = exit
+        self.broken = exit.cause or "its worker ended"
+        self.verdict_timer = self.cls.tasks.runtime.reactor.call_later(
+            VERDICT_S, lambda: self.cls.tasks.lose(self, exit)
+        )
+
     def link_closed(self, _link: WorkerLink, reason: Exception) -> None:
+        if self.exit is not None:
+            self.cls.tasks.lose(self, self.exit)
+            return
         self.broken = str(reason)
         self.verdict_timer = self.cls.tasks.runtime.reactor.call_later(VERDICT_S, self._no_verdict)
 
@@ -171,7 +195,8 @@ class SchedulingClass:
         for lease in self.leases:
             if not queue:
                 return
-            if not lease.link.running and lease.takes_calls:
+            # One call even if it was reclaimed on its way here: else it might go to and fro without anything being done.
+            if not lease.link.running and (lease.takes_calls or not (lease.used or lease.broken)):
                 self._send(lease, queue.popleft())
         open_leases = [lease for lease in self.leases if lease.takes_calls]
         if not open_leases:
@@ -179,7 +204,9 @@ class SchedulingClass:
         share = max(1, math.ceil(len(queue) / len(open_leases)))  # so that one worker does not get what two could run
         for lease in open_leases:
             sent = 0
-            while queue and sent < share:
+            if lease.runs_suspect:
+                continue
+            while queue and sent < share and not queue[0].suspect:
                 pace = queue[0].bound.pace_s
                 if pace is None or queue[0].bound.max_calls or len(lease.link.running) >= MAX_AHEAD:
                     break
@@ -189,6 +216,7 @@ class SchedulingClass:
                 sent += 1
 
     def _send(self, lease: Lease, run: TaskRun) -> None:
+        lease.used = True
         lease.load_s += run.bound.pace_s or 0.0
         lease.link.send(run)
 
@@ -277,19 +305,30 @@ class SchedulingClass:
             lease.verdict_timer.cancel()
 
     def lost(self, lease: Lease, exit: WorkerExit) -> None:
-        """The lease's worker ended: what it ran is tried again where that is allowed, what it had not begun always is."""
+        """The lease's worker ended: what it ran is tried again where that is allowed, what it had not begun always is.
+
+        Which call that was is certain when it was the only one, or one that must not run twice (the worker holds back
+        no results before and after those). Otherwise the first ones may be done, their results lost with the worker:
+        nobody is blamed, and each of them runs alone the next time.
+        """
         self._drop(lease)
-        runs = list(lease.link.running.values())
-        lease.link.running.clear()
+        runs = lease.link.take_back()
         lease.link.close()
         if lease.agent is not self.tasks.local and lease.agent in self.elsewhere:
             self.elsewhere[lease.agent] = max(0, self.elsewhere[lease.agent] - 1)
-        for position, run in reversed(list(enumerate(runs))):
-            if position == 0 and run.retries == 0:
-                self.tasks.runtime.fail_crashed(run, exit, lease.link.address)
-                continue
-            if position == 0 and run.retries > 0:
-                run.retries -= 1
+        if runs and (len(runs) == 1 or runs[0].suspect or runs[0].bound.max_retries == 0):
+            first = runs[0]
+            if first.retries == 0:
+                self.tasks.runtime.fail_crashed(first, exit, lease.link.address)
+                del runs[0]
+            elif first.retries > 0:
+                first.retries -= 1
+        else:
+            for run in runs:
+                if run.bound.max_retries == 0:
+                    break  # it had not begun
+                run.suspect = True
+        for run in reversed(runs):
             run.stage = "queued"
             self.queue.appendleft(run)
         self.pump_soon()
@@ -382,7 +421,7 @@ class TaskManager:
             case LeaseLost():
                 lease = self.leases.get((agent, message.lease_id))
                 if lease is not None:
-                    self.lose(lease, message.exit)
+                    lease.ended(message.exit)
 
     def _yield_all(self) -> None:
         """Somebody is starved. For a while leases are not kept for calls that may come."""

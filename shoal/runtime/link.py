@@ -9,6 +9,7 @@ from shoal.node.messages import WorkerAddress
 from shoal.rpc.frames import encode_message, make_decoder
 from shoal.rpc.reactor import Channel
 from shoal.runtime.messages import Cancel, Ended, Finished, HandedBack, Introduce, Pace, Run, Taken, ToOwner
+from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.task_run import Bound, TaskRun
 
 if TYPE_CHECKING:
@@ -72,6 +73,18 @@ class WorkerLink:
         self.channel.send_encoded(
             encode_message(Run(template_id, run.counter, run.args, run.kwargs, run.arguments or [], run.packed))
         )
+
+    def take_back(self) -> list[TaskRun]:
+        """What was sent and has not ended, oldest first, when the worker is gone or given up.
+
+        It may have stored the results of some: the end of their refs is told, so that the bytes go with them.
+        """
+        runs = list(self.running.values())
+        self.running.clear()
+        for run in runs:
+            for ref in [run.refs] if type(run.refs) is ObjectRef else run.refs or ():
+                self.runtime.follow(ref)
+        return runs
 
     def cancel(self, run: TaskRun) -> None:
         self.channel.send(Cancel(run.counter))

@@ -16,7 +16,8 @@ class Introduce(Message, frozen=True, tag=300):
 
 class Template(Message, frozen=True, tag=301):
     """What calls with this `template_id` on this connection have in common. `code`: flat pickled function; empty for a
-    method of the actor that lives there, named `method`."""
+    method of the actor that lives there, named `method`. `once`: a call must not run twice, so its owner must know which
+    one was running when the worker crashes: no result is held back before or after it."""
 
     template_id: int
     name: str  # of the task, for people
@@ -27,6 +28,7 @@ class Template(Message, frozen=True, tag=301):
     method: str = ""
     resources: dict[str, int] = {}
     max_calls: int = 0
+    once: bool = False
 
 
 class Argument(Message, frozen=True, tag=302):

@@ -4,8 +4,8 @@ There is one instance per object and process (`References` finds it for objects 
 own reference count is the local count: nothing is counted twice, and a ref that never leaves its process costs no
 message and no finalizer. The end of the others, whose objects are known outside, is noticed by a `LastUse`.
 
-All fields but `id` and `home` belong to the reactor's thread; `state` is written last when an object becomes ready, so that
-other threads may read `value` once they see it.
+All fields but `id` and `home` belong to the reactor's thread; `state` is written last when an object becomes ready, so
+that other threads may read `value` once they see it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,32 @@ if TYPE_CHECKING:
 
     from shoal.runtime.core import CoreRuntime
 
-T = TypeVar("T", covariant=True)
+T_co = TypeVar("T_co", covariant=True)
 
 
-class ObjectRef(Generic[T]):
+class ObjectRef(Generic[T_co]):
     """A reference to the result of a task, a method call, or a `put`; give it to `get`, `wait`, or another task.
 
     Hashable and equal by id; awaitable; picklable inside arguments, results and `put` values.
     """
 
     __slots__ = (
-        "__weakref__", "_home", "_id", "contained", "followed", "local", "owned", "published", "requested", "size", "state", "task",
-        "value", "waiters",
-    )  # fmt: skip
+        "__weakref__",
+        "_home",
+        "_id",
+        "contained",
+        "followed",
+        "local",
+        "node",
+        "owned",
+        "published",
+        "requested",
+        "size",
+        "state",
+        "task",
+        "value",
+        "waiters",
+    )
 
     def __init__(self, object_id: bytes, home: bytes, owned: bool = True, task: Any = None) -> None:
         self._id = object_id
@@ -50,6 +63,7 @@ class ObjectRef(Generic[T]):
         self.followed = False  # a `LastUse` waits for its end
         self.contained: list[Any] | None = None  # keeps what the value refers to
         self.published = False  # the home agent knows it
+        self.node = b""  # whose store was given the value first
         self.local = False  # a copy is in this node's store, as far as is known
         self.requested = False  # a borrowed ref's state was asked for
 
@@ -89,23 +103,23 @@ class ObjectRef(Generic[T]):
             _runtime().escaped_unseen(self)
         return _rebuild, (self._id, self._home)
 
-    def __copy__(self) -> ObjectRef[T]:
+    def __copy__(self) -> ObjectRef[T_co]:
         return self
 
-    def __deepcopy__(self, memo: Any) -> ObjectRef[T]:
+    def __deepcopy__(self, memo: Any) -> ObjectRef[T_co]:
         return self
 
-    def __await__(self) -> Generator[Any, None, T]:
+    def __await__(self) -> Generator[Any, None, T_co]:
         return self.as_future().__await__()
 
-    def as_future(self) -> asyncio.Future[T]:
+    def as_future(self) -> asyncio.Future[T_co]:
         """An asyncio future of the running loop. Cancelling it does not cancel the task."""
-        future: asyncio.Future[T] = _runtime().async_future(self)
+        future: asyncio.Future[T_co] = _runtime().async_future(self)
         return future
 
-    def future(self) -> concurrent.futures.Future[T]:
+    def future(self) -> concurrent.futures.Future[T_co]:
         """A future of `concurrent.futures`; its callbacks run on a thread of the runtime and must be short."""
-        future: concurrent.futures.Future[T] = _runtime().concurrent_future(self)
+        future: concurrent.futures.Future[T_co] = _runtime().concurrent_future(self)
         return future
 
 

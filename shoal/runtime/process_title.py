@@ -50,7 +50,7 @@ class ProcessTitle:
         if now - self._set_at >= PAUSE_S:
             self._set_at = now
             self.shown = target
-            set_title(f"shoal::{target.template.name}")
+            set_title(_title_of(target))
 
     def fix(self, name: str) -> None:
         """The worker is an actor from now on. On the main thread."""
@@ -73,8 +73,13 @@ class ProcessTitle:
             self._watching = True
         if target is not self.shown:
             self.shown, self._set_at = target, time.perf_counter()
-            _set_title_of_process(f"shoal::{target.template.name}")
+            _set_title_of_process(_title_of(target))
         self._look_later()
+
+
+def _title_of(target: Target) -> str:
+    """The kernel keeps few characters: the function's own name says more than where it was defined."""
+    return f"shoal::{target.template.name.rpartition('.')[2]}"
 
 
 def _set_title_of_process(title: str) -> None:

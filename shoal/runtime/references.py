@@ -1,15 +1,17 @@
 """Objects as this process knows them: their states, who in this process refers to them, and their bytes in the store.
 
-A ref that never leaves its process costs no message: its value lives in the ref. Once it leaves, is borrowed, or has bytes
-in the store, this process is one of its counted users at the home agent, and `LastUse` says when it is no more. Whoever
-unpickles a ref in this process finds the instance that is here already, through `_known`.
+A ref that never leaves its process costs no message: its value lives in the ref. Once it leaves, is borrowed, or has
+bytes in the store, this process is one of its counted users at the home agent, and `LastUse` says when it is no more.
+Whoever unpickles a ref in this process finds the instance that is here already, through `_known`.
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from shoal import exceptions
@@ -51,7 +53,8 @@ class References(NodeConnection):
     """See the module.
 
     Attributes:
-        uses_begun, uses_counted: borrowed refs whose use was announced, and those whose use the home has counted.
+        uses_begun: how many times this process began to use a borrowed ref.
+        uses_counted: so many of those, from the first one on, have been counted by their homes.
         waiters: all that wait for objects now.
         on_unseen_error: called with the flat error of a failed object whose last ref is gone before anybody read it.
     """
@@ -68,7 +71,9 @@ class References(NodeConnection):
         self._last_uses = LastUses()
         self._pins = LastUses()
         self._pinned: dict[int, LastUse] = {}  # by id(): a weak reference has the hash of what it refers to
-        self._after_uses: list[tuple[int, Callable[[], None]]] = []
+        self._uses_told = 0
+        self._uncounted: dict[int, None] = {}  # uses that their homes have not confirmed, by number, in order
+        self._after_uses: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
         self._kept_for_good: list[Any] = []
         self.reactor.call_soon(self.reactor.register, self._last_uses.fd, self._hear_last_uses)
         self.reactor.call_soon(self.reactor.register, self._pins.fd, self._hear_pins)
@@ -101,9 +106,11 @@ class References(NodeConnection):
         if state.contained and ref.contained is None and ref.owned:
             ref.contained = [self.borrow(inner, home) for inner, home in state.contained]
         if state.state == STORED:
+            ref.node = state.nodes[0] if state.nodes else b""
             ref.local = self.node_id in state.nodes
             self.follow(ref)
-        elif state.state == ERROR and ref.owned and self.on_unseen_error is not None:
+            ref.published = ref.owned  # the home must know which node to wait for, or not to wait for any more
+        elif state.state == ERROR and ref.owned and not ref.published and self.on_unseen_error is not None:
             self.follow(ref).note = state.payload
         ref.state = state.state
         if ref.published and ref.owned:
@@ -119,20 +126,26 @@ class References(NodeConnection):
 
     def state_of(self, ref: ObjectRef[Any]) -> ObjectState:
         contained = self.name_all(ref.contained) if ref.contained else []
-        return ObjectState(ref.state, ref.value, ref.size, [], contained)
+        return ObjectState(ref.state, ref.value, ref.size, [ref.node] if ref.node else [], contained)
 
     def error_of(self, ref: ObjectRef[Any]) -> BaseException:
         """What to raise for a failed object. Any thread."""
         if ref.state == ERROR:
-            use = self._known.get(ref.binary())
-            if use is not None:
-                use.note = b""  # somebody has seen it
+            self.seen(ref)
             error: BaseException = deserialize(ref.value)
             return error.as_raisable() if isinstance(error, exceptions.TaskError) else error
         kind, _, text = ref.value.decode(errors="replace").partition(":")
         if kind == "owner":
             return exceptions.OwnerDiedError(f"object {ref.hex()} is lost: {text}")
-        return exceptions.ObjectLostError(f"object {ref.hex()} is lost: {text if kind == 'node' else ref.value.decode()}")
+        return exceptions.ObjectLostError(
+            f"object {ref.hex()} is lost: {text if kind == 'node' else ref.value.decode()}"
+        )
+
+    def seen(self, ref: ObjectRef[Any]) -> None:
+        """Somebody knows of the error that `ref` failed with. Any thread."""
+        use = self._known.get(ref.binary())
+        if use is not None:
+            use.note = b""
 
     def watch(self, ref: ObjectRef[Any], waiter: Any) -> bool:
         """Call `waiter.ready(ref)` when it is not pending any more. True when its home had to be asked just now."""
@@ -141,19 +154,16 @@ class References(NodeConnection):
         ref.waiters.append(waiter)
         if self.closed:
             self.learn(ref, error_state(exceptions.LocalAgentDiedError(self.closed)))
-        elif ref.owned:
-            if ref.task is None:  # nothing makes it, or it would not be pending
-                text = f"{ref!r} was made before this process left that cluster, or by the process that it was forked from"
-                self.learn(ref, error_state(exceptions.ObjectLostError(f"{text}; its value cannot be had here")))
-        elif not ref.requested:
-            return self._ask_home(ref)
+        elif not ref.owned:
+            return not ref.requested and self._ask_home(ref)
+        elif ref.task is None or ref.task.bound.runtime is not self:
+            self.learn(ref, error_state(foreign(ref)))
         return False
 
     def _ask_home(self, ref: ObjectRef[Any]) -> bool:
         use = self._known.get(ref.binary())
         if use is None or use() is not ref:
-            text = f"{ref!r} was borrowed from a cluster that this process has left, or by the process that it was forked from"
-            self.learn(ref, error_state(exceptions.ObjectLostError(text)))
+            self.learn(ref, error_state(foreign(ref)))
             return False
         ref.requested = True
         request = Resolve(object_id=ref.binary(), home=ref.home, fetch=False)
@@ -180,6 +190,11 @@ class References(NodeConnection):
 
     # ------------------------------------------------------------------------------------------------ references
 
+    def follows(self, ref: ObjectRef[Any]) -> bool:
+        """Whether `ref` is this runtime's record of an object that is known outside."""
+        use = self._known.get(ref.binary())
+        return use is not None and use() is ref
+
     def follow(self, ref: ObjectRef[Any]) -> LastUse:
         """From now on the end of `ref` is noticed, and whoever unpickles its id finds it. Any thread."""
         object_id = ref.binary()
@@ -203,7 +218,7 @@ class References(NodeConnection):
         if ref.published or not ref.owned:
             return
         ref.published = True
-        self.follow(ref)
+        self.follow(ref).note = b""  # from here on others may read it
         self.agent.send(Publish(ref.binary(), self.state_of(ref)))
 
     def name_all(self, refs: Sequence[ObjectRef[Any]]) -> list[tuple[bytes, bytes]]:
@@ -219,8 +234,8 @@ class References(NodeConnection):
         refs: dict[bytes, ObjectRef[Any]] = {}
         for item in serialized.refs:
             if isinstance(item, Client):
-                if item.weak:
-                    continue  # nobody counts it
+                if item.ref is None:
+                    continue  # a weak handle: nobody counts it
                 item = item.ref
             assert isinstance(item, ObjectRef)
             self.follow(item)
@@ -251,17 +266,9 @@ class References(NodeConnection):
                 ref = ObjectRef(object_id, home, owned=False)
                 self.follow(ref)
                 self.uses_begun += 1
-                self.reactor.call_soon(self._use, object_id, home)
+                self._last_uses.gone.append((object_id, home))
+                self.reactor.call_soon(self._tell_uses)
         return ref
-
-    def _use(self, object_id: bytes, home: bytes) -> None:
-        self._tell_last_uses()  # an earlier use of the same object may have ended: that must be told first
-        self.agent.request(Use(object_id=object_id, home=home), self._use_counted)
-
-    def _use_counted(self, _reply: Reply) -> None:
-        self.uses_counted += 1
-        while self._after_uses and self._after_uses[0][0] <= self.uses_counted:
-            self._after_uses.pop(0)[1]()
 
     def after_uses(self, call: Callable[[], None]) -> None:
         """Run `call` once every use that was begun so far is counted by its home."""
@@ -272,27 +279,48 @@ class References(NodeConnection):
 
     def _hear_last_uses(self, _events: int) -> None:
         self._last_uses.heard()
-        self._tell_last_uses()
+        self._tell_uses()
 
-    def _tell_last_uses(self) -> None:
-        gone, known = self._last_uses.gone, self._known
-        dropped: list[tuple[bytes, bytes]] = []
+    def _tell_uses(self) -> None:
+        """Tell the agent which uses ended and began, in the order in which that happened."""
+        events, known = self._last_uses.gone, self._known
+        ended: list[tuple[bytes, bytes]] = []
         unseen: list[bytes] = []
-        with self._known_lock:
-            for _ in range(len(gone)):
-                use = gone.popleft()
-                if known.get(use.key) is use:
-                    del known[use.key]
-                dropped.append((use.key, use.home))
-                if use.note:
-                    unseen.append(use.note)
-                if use.request and self.agent.forget(use.request):
-                    self.agent.send(CancelResolve(use.request))
-        if dropped:
-            self.agent.send(Unuse(dropped))
+        for _ in range(len(events)):
+            event = events.popleft()
+            if isinstance(event, LastUse):
+                with self._known_lock:
+                    if known.get(event.key) is event:
+                        del known[event.key]
+                ended.append((event.key, event.home))
+                if event.note:
+                    unseen.append(event.note)
+                if event.request and self.agent.forget(event.request):
+                    self.agent.send(CancelResolve(event.request))
+                continue
+            if ended:
+                self._end_uses(ended)
+                ended = []
+            self._uses_told += 1
+            self._uncounted[self._uses_told] = None
+            counted = partial(self._use_counted, self._uses_told)
+            self.agent.request(Use(object_id=event[0], home=event[1]), counted)
+        if ended:
+            self._end_uses(ended)
         for note in unseen:
             if self.on_unseen_error is not None:
                 self.on_unseen_error(note)
+
+    def _end_uses(self, ended: list[tuple[bytes, bytes]]) -> None:
+        """Told when the uses begun before are counted: a ref taken out of a value must be, before the value may go."""
+        self.after_uses(partial(self.agent.send, Unuse(ended)))
+
+    def _use_counted(self, number: int, _reply: Reply) -> None:
+        del self._uncounted[number]
+        first = next(iter(self._uncounted), self._uses_told + 1)
+        self.uses_counted = first - 1
+        while self._after_uses and self._after_uses[0][0] < first:
+            self._after_uses.popleft()[1]()
 
     # ------------------------------------------------------------------------------------- bytes in the store: reading
 
@@ -329,7 +357,9 @@ class References(NodeConnection):
             return self.put_serialized(serialized)
         if self.closed:
             self.check_open()
-        ref: ObjectRef[Any] = ObjectRef(self.prefix + next(self.counter).to_bytes(8, "little") + PUT_INDEX, self.node_id)
+        ref: ObjectRef[Any] = ObjectRef(
+            self.prefix + next(self.counter).to_bytes(8, "little") + PUT_INDEX, self.node_id
+        )
         if serialized.refs:
             ref.contained = self.contained_refs(serialized)
         ref.value = serialized.flatten()
@@ -338,16 +368,20 @@ class References(NodeConnection):
 
     def put_serialized(self, serialized: Serialized) -> ObjectRef[Any]:
         """Store a large value of this process. By a user's thread."""
-        ref: ObjectRef[Any] = ObjectRef(self.prefix + next(self.counter).to_bytes(8, "little") + PUT_INDEX, self.node_id)
+        ref: ObjectRef[Any] = ObjectRef(
+            self.prefix + next(self.counter).to_bytes(8, "little") + PUT_INDEX, self.node_id
+        )
         if serialized.refs:
             ref.contained = self.contained_refs(serialized)
         self.follow(ref)  # first: if this thread is interrupted after the bytes are stored, they go with the ref
         self.store(serialized, ref.binary(), self.node_id, self.worker_id, ref.contained or ())
-        ref.size, ref.local = serialized.flat_size, True
+        ref.size, ref.node, ref.local = serialized.flat_size, self.node_id, True
         ref.state = STORED
         return ref
 
-    def store(self, value: Serialized, object_id: bytes, home: bytes, owner: bytes, refs: Sequence[ObjectRef[Any]]) -> None:
+    def store(
+        self, value: Serialized, object_id: bytes, home: bytes, owner: bytes, refs: Sequence[ObjectRef[Any]]
+    ) -> None:
         """Copy a value into this node's store and seal it. By a user's thread.
 
         Raises:
@@ -368,7 +402,7 @@ class References(NodeConnection):
 
 
 class _Room:
-    """Bytes of the store on their way to be an object. Whenever its thread is interrupted, what is not sealed goes back."""
+    """Bytes of the store on their way to be an object. Whatever interrupts its thread, what is not sealed goes back."""
 
     __slots__ = ("_answer", "_left", "_offset", "_runtime", "_sealed", "size")
 
@@ -412,6 +446,12 @@ class _Room:
 
     def _give_back(self) -> None:
         self._runtime.agent.send(Release(self._offset, self.size))
+
+
+def foreign(ref: ObjectRef[Any]) -> exceptions.ObjectLostError:
+    """What to say of a reference that another runtime made, whose objects this one cannot reach."""
+    made = "by this process before it left that cluster, or by the process that this one was forked from"
+    return exceptions.ObjectLostError(f"{ref!r} was made {made}")
 
 
 def error_state(error: BaseException) -> ObjectState:

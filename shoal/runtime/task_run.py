@@ -31,7 +31,19 @@ class Bound:
         pace_s: how long a call takes, None until a worker said so.
     """
 
-    __slots__ = ("classes", "code", "function_name", "max_calls", "max_retries", "method", "name", "num_returns", "pace_s", "runtime", "spec")  # fmt: skip
+    __slots__ = (
+        "classes",
+        "code",
+        "function_name",
+        "max_calls",
+        "max_retries",
+        "method",
+        "name",
+        "num_returns",
+        "pace_s",
+        "runtime",
+        "spec",
+    )
 
     def __init__(
         self,
@@ -61,9 +73,17 @@ class Bound:
     def template(self, template_id: int, depth: int) -> Template:
         resources = self.spec.resources if self.spec is not None else {}
         return Template(
-            template_id, self.name, self.function_name, self.num_returns, depth, self.code, self.method, resources,
+            template_id,
+            self.name,
+            self.function_name,
+            self.num_returns,
+            depth,
+            self.code,
+            self.method,
+            resources,
             self.max_calls,
-        )  # fmt: skip
+            self.spec is not None and self.max_retries == 0,
+        )
 
 
 class TaskRun:
@@ -74,10 +94,27 @@ class TaskRun:
         dependencies: refs among the top-level arguments (the last may be the stored arguments themselves).
         keep: what must live until the call has ended: refs inside arguments, the actor's client.
         missing: dependencies that are not ready yet.
+        suspect: it may have been what ended a worker, so it is sent alone from now on.
         stage: "arguments" -> "queued" -> "sent" -> "done".
     """
 
-    __slots__ = ("args", "arguments", "bound", "client", "counter", "dependencies", "depth", "keep", "kwargs", "missing", "packed", "refs", "retries", "stage")  # fmt: skip
+    __slots__ = (
+        "args",
+        "arguments",
+        "bound",
+        "client",
+        "counter",
+        "dependencies",
+        "depth",
+        "keep",
+        "kwargs",
+        "missing",
+        "packed",
+        "refs",
+        "retries",
+        "stage",
+        "suspect",
+    )
 
     def __init__(self, counter: int, bound: Bound, refs: Any, depth: int) -> None:
         self.counter = counter
@@ -94,6 +131,7 @@ class TaskRun:
         self.missing = 0
         self.retries = bound.max_retries
         self.stage = "queued"
+        self.suspect = False
 
     def ready(self, _ref: ObjectRef[Any]) -> None:
         """One of the dependencies has become ready."""

@@ -1,7 +1,7 @@
 """Those who wait for objects: threads in `get` and `wait`, futures, coroutines.
 
-A waiting thread sleeps on a lock; all bookkeeping is the reactor's (`Waiter`). No wait is silent: after some seconds a thread
-says what it waits for, and it can be interrupted at any time.
+A waiting thread sleeps on a lock; all bookkeeping is the reactor's (`Waiter`). No wait is silent: after some seconds a
+thread says what it waits for, and it can be interrupted at any time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shoal.node.messages import (
 )
 from shoal.objects.serialization import deserialize
 from shoal.rpc.messages import Failed
-from shoal.runtime.references import References
+from shoal.runtime.references import References, foreign
 
 if TYPE_CHECKING:
     import asyncio
@@ -46,8 +46,8 @@ _NO_VIEWS: Final[dict[bytes, memoryview]] = {}
 class Waiter:
     """Waits until `target` of `refs` (each there once) are ready, or (with `stop_on_error`) one of them failed.
 
-    With `fetch`, a stored object is ready once it is in this node's store. With `keep`, its bytes are then found in `views`,
-    or the exception that kept them from coming in `problems`, both by object id.
+    With `fetch`, a stored object is ready once it is in this node's store. With `keep`, its bytes are then found in
+    `views`, or the exception that kept them from coming in `problems`, both by object id.
 
     Attributes:
         asked: something was asked of the agent for this waiter, so that an answer may be on its way.
@@ -56,12 +56,32 @@ class Waiter:
     """
 
     __slots__ = (
-        "_fetch", "_keep", "_left", "_lock", "_ready", "_requests", "_runtime", "_stop_on_error", "_target", "asked", "done",
-        "finished", "problems", "refs", "views",
-    )  # fmt: skip
+        "_fetch",
+        "_keep",
+        "_left",
+        "_lock",
+        "_ready",
+        "_requests",
+        "_runtime",
+        "_stop_on_error",
+        "_target",
+        "asked",
+        "done",
+        "finished",
+        "problems",
+        "refs",
+        "views",
+    )
 
     def __init__(
-        self, runtime: References, refs: Sequence[ObjectRef[Any]], target: int, *, fetch: bool, keep: bool, stop_on_error: bool
+        self,
+        runtime: References,
+        refs: Sequence[ObjectRef[Any]],
+        target: int,
+        *,
+        fetch: bool,
+        keep: bool,
+        stop_on_error: bool,
     ) -> None:
         self._runtime = runtime
         self._target = target
@@ -123,6 +143,10 @@ class Waiter:
         state = ref.state
         if state == STORED:
             if self._fetch and (self._keep or not ref.local):
+                if not self._runtime.follows(ref):
+                    self.problems[ref.binary()] = foreign(ref)
+                    self._failed_or_count()
+                    return
                 self.asked = True
                 self._requests[ref.binary()] = self._runtime.fetch(ref, lambda reply: self._fetched(ref, reply))
                 return
@@ -149,7 +173,13 @@ class Waiter:
             failed = ref.state in (ERROR, LOST)
         if self.finished or self._left:
             return
-        if failed and self._stop_on_error:
+        if failed:
+            self._failed_or_count()
+        else:
+            self._count()
+
+    def _failed_or_count(self) -> None:
+        if self._stop_on_error:
             self._finish()
         else:
             self._count()
@@ -169,6 +199,7 @@ class Waiter:
 
     def _abandon(self) -> None:
         self._left = True
+        self.done = None
         self._runtime.waiters.discard(self)
         for ref in self.refs:
             waiters = ref.waiters
@@ -228,12 +259,16 @@ class Waiting(References):
         waiter = Waiter(self, left, len(left), fetch=True, keep=True, stop_on_error=True)
         if not self._sleep(waiter, timeout_s):
             missing = [ref for ref in left if not waiter.has(ref)]
-            text = f"{len(missing)} of {len({ref.binary() for ref in refs})} objects were not ready after {timeout_s:g} s"
+            text = (
+                f"{len(missing)} of {len({ref.binary() for ref in refs})} objects were not ready after {timeout_s:g} s"
+            )
             if missing:
                 text += f"; the first is {self.what(missing[0])}: {self.why(missing[0])}"
             raise exceptions.GetTimeoutError(text)
         for ref in left:
             if ref.state in (ERROR, LOST):
+                for other in left:
+                    self.seen(other)
                 raise self.error_of(ref)
             if waiter.problems and ref.binary() in waiter.problems:
                 raise waiter.problems[ref.binary()]
@@ -343,7 +378,7 @@ class Waiting(References):
         def ready(read: Callable[[], Any]) -> None:
             try:
                 value = read()
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: BLE001 # whatever the task raised
                 future.set_exception(exc)
             else:
                 future.set_result(value)
@@ -363,7 +398,7 @@ class Waiting(References):
                 return
             try:
                 value = read()
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: BLE001 # whatever the task raised
                 future.set_exception(exc if not isinstance(exc, StopIteration) else RuntimeError(repr(exc)))
             else:
                 future.set_result(value)

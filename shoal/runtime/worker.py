@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -18,6 +19,7 @@ serialization.preload()  # once, in the zygote: workers are forked with it
 
 def run_worker(worker_id: bytes, agent_socket: str, token: bytes, logs: str) -> None:
     """Serve calls until the agent ends this process, or is gone itself."""
+    _forget_logging_of_parent()
     log_config.configure(f"worker-{worker_id[:4].hex()}-{os.getpid()}", logs, own_process=False)
     runtime = CoreRuntime(worker_id=worker_id, token=token, is_driver=False, name=f"worker-{worker_id[:4].hex()}")
     runtime.on_lost = lambda: os._exit(1)
@@ -34,3 +36,11 @@ def run_worker(worker_id: bytes, agent_socket: str, token: bytes, logs: str) -> 
         ),
     )  # fmt: skip
     executor.run()
+
+
+def _forget_logging_of_parent() -> None:
+    """The zygote's root logger is its own; user code finds logging as a fresh interpreter has it."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        log_config.remove(handler)
+    root.setLevel(logging.WARNING)

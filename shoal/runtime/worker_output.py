@@ -7,7 +7,8 @@ nothing therefore costs nothing, and one that prints costs one call of `current_
 
 The mark and its text leave in one `write`, which the kernel keeps in one piece up to PIPE_BUF, so that output of child
 processes on the same pipe cannot come between. Text that is still in the buffer when the name changes gets the new
-name: whoever runs tasks calls `flush` when one has ended.
+name: whoever runs tasks calls `flush` when one has ended. That also takes the name away from what comes next: text of C
+libraries and child programs passes us by, and no name is better than that of a task which is over.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from shoal.node.logs import name_mark
+
+_outputs: Final[list[_NamedOutput]] = []
+"""Those over the process's own stdout and stderr."""
 
 
 def install(current_name: Callable[[], str]) -> None:
@@ -31,6 +36,7 @@ def install(current_name: Callable[[], str]) -> None:
     _flush_quietly(sys.stderr)
     sys.stdout = sys.__stdout__ = open_stream(1, "<stdout>", current_name)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = open_stream(2, "<stderr>", current_name)  # type: ignore[misc]
+    _outputs[:] = [sys.stdout.buffer.raw, sys.stderr.buffer.raw]  # type: ignore[attr-defined]
 
 
 def open_stream(fd: int, label: str, current_name: Callable[[], str]) -> io.TextIOWrapper:
@@ -44,10 +50,16 @@ def open_stream(fd: int, label: str, current_name: Callable[[], str]) -> io.Text
     return stream
 
 
-def flush() -> None:
-    """Write out what user code printed without a line end. Does nothing when it replaced or closed the streams."""
+def flush(next_name: str = "") -> None:
+    """Write out what user code printed without a line end; nothing of it when it replaced or closed the streams.
+
+    Args:
+        next_name: of what is written from now on past these streams.
+    """
     _flush_quietly(sys.stdout)
     _flush_quietly(sys.stderr)
+    for output in _outputs:
+        output.rename(next_name)
 
 
 def _flush_quietly(stream: Any) -> None:
@@ -67,6 +79,7 @@ class _NamedOutput(io.RawIOBase):
         self._fd = fd
         self._current_name = current_name
         self._last_name = ""
+        self._naming = threading.Lock()
 
     def write(self, data: Any, /) -> int:
         if self.closed:
@@ -74,9 +87,23 @@ class _NamedOutput(io.RawIOBase):
         name = self._current_name()
         if name == self._last_name:
             return os.write(self._fd, data)
+        with self._naming:
+            return self._write_named(name, bytes(data))
+
+    def rename(self, name: str) -> None:
+        """What is written past this stream from now on is this name's. Nobody reading is no error."""
+        if name == self._last_name:
+            return
+        with self._naming:
+            try:
+                self._write_named(name, b"")
+            except OSError:
+                return
+
+    def _write_named(self, name: str, data: bytes) -> int:
         self._last_name = name
         mark = name_mark(name)
-        whole = mark + bytes(data)
+        whole = mark + data
         done = os.write(self._fd, whole)
         while done < len(mark):  # a signal cut it short: half a mark must not be left
             done += os.write(self._fd, whole[done:])

@@ -215,6 +215,7 @@ def test_a_connection_may_be_closed_before_it_is_attached(run: Callable[[Main], 
             peer.setblocking(False)
             data = await asyncio.get_running_loop().sock_recv(peer, 1000)
             assert data.endswith(encode_message(Note(1))) == polite
+            await until(lambda sock=ours: sock.fileno() == -1)  # type: ignore[misc]  # or it would close its number twice
             peer.close()
 
     run(main)

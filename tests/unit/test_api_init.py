@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,9 +29,11 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[InitRequest]]:
     """What `init` asked for; each request is answered with a fake runtime."""
     asked: list[InitRequest] = []
 
-    def connect(request: InitRequest) -> FakeRuntime:
+    def connect(request: InitRequest, made: Callable[[Any], object]) -> FakeRuntime:
         asked.append(request)
-        return FakeRuntime()
+        runtime = FakeRuntime()
+        made(runtime)
+        return runtime
 
     module = types.ModuleType("shoal.runtime.bootstrap")
     module.connect = connect  # type: ignore[attr-defined]
@@ -177,13 +179,17 @@ def test_many_threads_connect_once(requests: list[InitRequest]) -> None:
 
 
 def test_what_fails_to_connect_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(request: InitRequest) -> None:
+    half_made = FakeRuntime()
+
+    def refuse(request: InitRequest, made: Callable[[Any], object]) -> None:
+        made(half_made)
         raise ConnectionError("nobody there")
 
     monkeypatch.setattr(sys.modules["shoal.runtime.bootstrap"], "connect", refuse)
     with pytest.raises(ConnectionError, match="nobody there"):
         shoal.init()
     assert not shoal.is_initialized()
+    assert half_made.is_shut_down
 
 
 def test_the_program_is_left_alone() -> None:

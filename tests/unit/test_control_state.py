@@ -42,6 +42,7 @@ from shoal.control.messages import (
     PutKey,
     RegisterNode,
     Relay,
+    RelayReply,
     StartActor,
     StatusReply,
     StopActor,

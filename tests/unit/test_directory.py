@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -435,6 +435,8 @@ class Proc:
         kind = STORED if stored else INLINE
         self.cluster.inside[object_id] = [ref.object_id for ref in returned]
         names = self.name_all(returned)
+        if not owner.alive:
+            self.cluster.excused |= self.cluster.reach([object_id])  # nobody takes this over
         if stored:
             self.tell("seal", object_id, owner.node.node_id, caller, names)
         if returned:
@@ -478,6 +480,7 @@ class Proc:
                     self.let_go(ref)
             case ("closed",):
                 for worker, number in [key for key in self.runs if key[0] == sender]:
+                    self.follow(self.runs[worker, number].result)  # it may have been stored: its end must be told
                     self.ended(worker, number, ERROR, [], b"")
                 for key in [key for key in self.handover if key[0] == sender]:
                     for ref in self.handover.pop(key):
@@ -579,6 +582,7 @@ class Node(Effects):
 
 
 Line = tuple[str, bytes, bytes]
+PAIRS: list[Line] = [("agent", one, two) for one, two in itertools.permutations(NODES, 2)]
 
 
 class Cluster(RuleBasedStateMachine):
@@ -687,6 +691,12 @@ class Cluster(RuleBasedStateMachine):
         if proc.mine:
             proc.let_go(proc.mine.pop(which % len(proc.mine)))
 
+    @rule(who=st.integers(0, 7))
+    def drop_all(self, who: int) -> None:
+        proc = self.pick(who)
+        while proc.mine:
+            proc.let_go(proc.mine.pop())
+
     @rule(who=st.integers(0, 7), which=st.integers(0, 31), then_drop=st.booleans())
     def read(self, who: int, which: int, then_drop: bool) -> None:
         """Only what is ready: else it would have waited."""
@@ -711,6 +721,12 @@ class Cluster(RuleBasedStateMachine):
         line = lines[which % len(lines)]
         for _ in range(min(count, len(self.lines[line]))):
             self.deliver_from(line)
+
+    @rule(slow=st.integers(0, 20), slower=st.integers(0, 20))
+    def deliver_all_but(self, slow: int, slower: int) -> None:
+        """Two connections between two of the agents, if those are chosen, make everybody else wait."""
+        held = {line for line, n in zip(PAIRS, range(6), strict=True) if n in (slow, slower)}
+        self.settle(held)
 
     @precondition(lambda self: self.deaths_allowed and sum(proc.alive for proc in self.procs.values()) > 2)
     @rule(who=st.integers(0, 7), unlucky=st.integers(0, 3))
@@ -775,8 +791,8 @@ class Cluster(RuleBasedStateMachine):
                 assert not node.directory._uses and not node.directory._held and not node.directory._awaited
                 assert not node.copies, "nobody refers to it, and a copy is still here"
 
-    def settle(self) -> None:
-        while lines := self.open_lines():
+    def settle(self, held: Collection[Line] = ()) -> None:
+        while lines := [line for line in self.open_lines() if line not in held]:
             for line in lines:
                 self.deliver_from(line)
 
@@ -815,9 +831,28 @@ class MortalCluster(Cluster):
     deaths_allowed = True
 
 
+def test_a_ref_that_is_taken_out_of_a_value_outlives_the_value() -> None:
+    """The borrower is the value's last user, and its word to the value's home is faster than that to the ref's home."""
+    cluster = Cluster()
+    keeper, owner, borrower, *_ = cluster.procs.values()
+    owner.put([], False)
+    owner.submit(keeper, [owner.mine[0]], (True, False, 0))
+    cluster.settle()
+    cluster.drop_all(1)
+    keeper.put([keeper.mine[0]], False)
+    keeper.submit(borrower, [keeper.mine[1]], (True, False, 0))
+    cluster.settle()
+    cluster.drop_all(0)
+    cluster.settle()
+    value = borrower.mine[0]
+    borrower.read(value)
+    borrower.mine.remove(value)
+    borrower.let_go(value)
+    cluster.settle({("agent", borrower.node.node_id, owner.node.node_id)})
+    cluster.teardown()
+
+
 TestReferencesWhileAllLive = Cluster.TestCase
 TestReferencesWhenSomeDie = MortalCluster.TestCase
-for case in (TestReferencesWhileAllLive, TestReferencesWhenSomeDie):
-    case.settings = settings(
-        max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+_settings = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestReferencesWhileAllLive.settings = TestReferencesWhenSomeDie.settings = _settings

@@ -448,12 +448,26 @@ def test_install_replaces_the_streams_of_the_process() -> None:
         print("err", file=sys.stderr)
         print("rest", end="")
         worker_output.flush()
+        os.write(1, b"of a child\n")
+        worker_output.flush()
         os._exit(0)
     os.close(write)
     with open(read, "rb") as file:
         text = file.read()
     assert os.waitpid(pid, 0)[1] == 0
-    assert text == name_mark("f") + b"out\n" + name_mark("f") + b"err\nrest"
+    assert text == name_mark("f") + b"out\n" + name_mark("f") + b"err\nrest" + name_mark("") * 2 + b"of a child\n"
+
+
+def test_what_passes_the_streams_by_gets_the_name_that_was_left_for_it() -> None:
+    pipe = Pipe()
+    pipe.name = "f"
+    print("one", file=pipe.stream)
+    raw = pipe.stream.buffer.raw  # type: ignore[attr-defined]
+    raw.rename("Actor")
+    os.write(pipe._write, b"from a child\n")
+    raw.rename("Actor")
+    print("two", file=pipe.stream)
+    assert cut([pipe.read()]) == [("f", b"one\n"), ("Actor", b"from a child\n"), ("f", b"two\n")]
 
 
 def test_flush_survives_streams_that_user_code_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

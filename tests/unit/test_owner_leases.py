@@ -106,6 +106,11 @@ class FakeLink:
         self.running[run.counter] = run
         run.stage = "sent"
 
+    def take_back(self) -> list[TaskRun]:
+        runs = list(self.running.values())
+        self.running.clear()
+        return runs
+
     def close(self) -> None:
         self.closed = True
 
@@ -180,6 +185,17 @@ class World:
         self.runtime.reactor.settle()
         return lease_id
 
+    def grant_and_reclaim(self) -> int:
+        """Both messages arrive in one frame."""
+        lease_id = next(self.lease_ids)
+        address = WorkerAddress(lease_id.to_bytes(28, "big"), HERE, "a:1", "", 1)
+        self.granted[lease_id] = (self.runtime.agent, self.runtime.link_to(address))
+        self.tasks.from_agent(self.tasks.local, LeaseGranted(0, lease_id, address))
+        self.tasks.from_agent(self.tasks.local, ReclaimLeases())
+        self.runtime.reactor.settle()
+        self.collect_returns()
+        return lease_id
+
     def finish(self, lease_id: int, count: int = 1) -> None:
         _, link = self.granted[lease_id]
         for counter in list(link.running)[:count]:
@@ -199,8 +215,12 @@ class World:
         self.runtime.reactor.settle()
 
     def lose(self, lease_id: int) -> None:
-        channel, _ = self.granted.pop(lease_id)
+        channel, link = self.granted.pop(lease_id)
         self.tasks.from_agent(self.agent_link(channel), LeaseLost(lease_id, WorkerExit(signal=9)))
+        self.runtime.reactor.settle()
+        link.closed = True  # the agent's word was faster than the end of the connection
+        if link.sink is not None:
+            link.sink.link_closed(link, EOFError())
         self.runtime.reactor.settle()
 
     def running(self, lease_id: int) -> int:
@@ -253,6 +273,27 @@ def test_a_lost_worker_costs_a_retry_of_what_it_ran_only(monkeypatch: pytest.Mon
     assert sum(world.runtime.ended.values()) == 10
 
 
+def test_when_several_may_have_crashed_a_worker_each_runs_alone_and_one_is_found_guilty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch, retries=1, pace_s=0.0001)
+    world.submit(5)
+    world.lose(world.grant())
+    assert world.runtime.crashed == []
+    lease_id = world.grant()
+    for _ in range(2):
+        assert world.running(lease_id) == 1
+        world.finish(lease_id)
+    for _ in range(2):  # the third one does it again, twice
+        assert world.running(lease_id) == 1
+        world.lose(lease_id)
+        lease_id = world.grant()
+    assert world.runtime.crashed == [3]
+    world.finish(lease_id)
+    world.finish(lease_id)
+    assert sum(world.runtime.ended.values()) == 5
+
+
 def test_a_starved_neighbour_gets_busy_leases_when_they_run_dry(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     world.submit(3)
@@ -263,6 +304,15 @@ def test_a_starved_neighbour_gets_busy_leases_when_they_run_dry(monkeypatch: pyt
     world.finish(lease_id)
     assert lease_id not in world.granted, "it was returned although there was more to do"
     assert world.runtime.agent.demand == {0: 2}, "and asked for again"
+
+
+def test_a_lease_that_was_reclaimed_on_its_way_does_one_call_before_it_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.submit(3)
+    lease_id = world.grant_and_reclaim()
+    assert world.running(lease_id) == 1, "else it could go to and fro for ever"
+    world.finish(lease_id)
+    assert lease_id not in world.granted
 
 
 def test_redirected_demand_counts_there_and_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +367,8 @@ def test_every_call_ends_once_whatever_happens(seed: int, monkeypatch: pytest.Mo
             if channel.demand.get(0, 0) > len(world.held_by(channel)):
                 world.grant(channel)
         for lease_id in list(world.granted):
-            world.finish(lease_id, 1000)
+            if lease_id in world.granted:  # the end of another's calls may have sent it back
+                world.finish(lease_id, 1000)
         world.runtime.reactor.advance(0.01)
         world.collect_returns()
     assert sum(world.runtime.ended.values()) == world.submitted, f"seed {seed}: some calls never ended"

@@ -646,6 +646,23 @@ def test_a_client_that_stops_in_the_middle_of_the_handshake_is_given_up(served: 
     assert served.sides[0].heard == []
 
 
+def test_half_a_message_of_a_handshake_is_waited_for_without_spinning(served: Served, loop: Reactor) -> None:
+    handshake = ClientHandshake(TOKEN, "worker", "slow")
+    with served.plain() as sock:
+        cpu = run(loop, time.thread_time)
+        for byte in handshake.start():
+            sock.sendall(bytes([byte]))
+        proof = handshake.receive(read_handshake_message(sock))
+        sock.sendall(proof[:9])
+        time.sleep(0.2)
+        assert run(loop, time.thread_time) - cpu < 0.1
+        sock.sendall(proof[9:] + join_frame([encode_message(Note(3))]))
+        handshake.receive(read_handshake_message(sock))
+        assert handshake.done
+        wait_until(lambda: served.sides[0].heard)
+        assert served.sides[0].heard == [Note(3)]
+
+
 @pytest.mark.parametrize(
     "said",
     [b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\xff\xff\xff\x7f", b"\0\0\0\0", b"\x05\0\0\0\xdd\xff\xff\xff\xff"],
