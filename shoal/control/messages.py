@@ -266,7 +266,8 @@ class StartActor(Message, frozen=True, tag=131):
 
 
 class StopActor(Message, frozen=True, tag=132):
-    """`graceful`: let calls that were accepted finish first (at most `grace_s`), else SIGKILL. Answered by ActorGone."""
+    """`graceful`: let calls that were accepted finish first (at most `grace_s`), else SIGKILL. Answered by
+    ActorGone."""
 
     actor_id: bytes
     incarnation: int

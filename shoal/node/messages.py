@@ -87,9 +87,8 @@ class ProcessRegistered(Reply, frozen=True, tag=201):
 
 
 class LeaseDemand(Message, frozen=True, tag=202):
-    """How many leases this owner wants for one of its scheduling classes, as a level: it replaces the last demand of the
-    same class, leases already granted count, 0 withdraws it. `spec` comes with the first demand of a class. `blocked`:
-    the owner itself waits for these tasks."""
+    """How many leases this owner wants for one of its scheduling classes, as a level: it replaces the last demand of
+    the same class, leases already granted count, 0 withdraws it. `spec` comes with the first demand of a class."""
 
     class_id: int
     wanted: int
@@ -128,8 +127,9 @@ class Release(Message, frozen=True, tag=208):
 
 
 class Seal(Message, frozen=True, tag=209):
-    """The bytes at `offset` are object `object_id` from now on, immutable. `home`: node whose agent counts its references
-    (of the process `owner_id` that submitted the task or put the value). The extent must be allocated room."""
+    """The bytes at `offset` are object `object_id` from now on, immutable. `home`: node whose agent counts its
+    references (of the process `owner_id` that submitted the task or put the value). The extent must be allocated
+    room."""
 
     object_id: bytes
     offset: int
@@ -140,8 +140,9 @@ class Seal(Message, frozen=True, tag=209):
 
 
 class Resolve(Request, frozen=True, tag=210):
-    """Wait until the object is ready and, if it is stored, until a local copy exists (`fetch`) which is then pinned for the
-    asking process until `Unpin`. Answered by `Resolved`. May take for ever: the asker withdraws with `CancelResolve`."""
+    """Wait until the object is ready and, if it is stored, until a local copy exists (`fetch`) which is then pinned
+    for the asking process until `Unpin`. Answered by `Resolved`. May take for ever: the asker withdraws with
+    `CancelResolve`."""
 
     object_id: bytes = b""
     home: bytes = b""
@@ -157,7 +158,8 @@ class Resolved(Reply, frozen=True, tag=211):
 
 
 class CancelResolve(Message, frozen=True, tag=212):
-    """`request` is the `rid` of the Resolve that is not wanted any more (an answer on its way is unpinned by the asker)."""
+    """`request` is the `rid` of the Resolve that is not wanted any more (an answer on its way is unpinned by the
+    asker)."""
 
     request: int
 
@@ -348,7 +350,8 @@ class StateReply(Reply, frozen=True, tag=267):
 
 
 class PullChunk(Message, frozen=True, tag=280):
-    """Send `length` bytes of the object from byte `start` on. Answered by a `ChunkHeader` frame and then the raw bytes."""
+    """Send `length` bytes of the object from byte `start` on. Answered by a `ChunkHeader` frame and then the raw
+    bytes."""
 
     object_id: bytes
     start: int

@@ -1,4 +1,5 @@
-"""What a node is started with, settled once by its supervisor and passed down, never read again from the environment."""
+"""What a node is started with, settled once by its supervisor and passed down, never read again from the
+environment."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The agent's worker processes: which there are, whom each belongs to, and how each ends.
 
 A worker is forked by the zygote without knowing whom it will serve (`fresh`), is then assigned to one job and one
-environment, and never serves another. It is `idle`, or works under one lease, or is one actor for its life. Workers that
-were given devices are not used again, since libraries keep what they opened on a GPU.
+environment, and never serves another. It is `idle`, or works under one lease, or is one actor for its life. Workers
+that were given devices are not used again, since libraries keep what they opened on a GPU.
 
 Forking costs ~1 ms, so the pool keeps few: as many fresh ones as the node has CPUs from the start, and idle ones up to
 the same number; what is idle beyond that for `SPARE_S` ends.

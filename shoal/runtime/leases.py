@@ -1,11 +1,10 @@
 """The owner's side of tasks: scheduling classes, the leases they hold, and which worker gets which call.
 
-Calls are grouped by what they need of a worker (`LeaseSpec`). A class tells agents as a level how many leases it could use,
-and calls go straight to leased workers. How many are sent ahead to one worker adapts: one until the function's pace is
-known, then as many as keep the worker busy for `BUDGET_S`, so a worker never waits for its owner, and never holds a
-long queue that others could run. What a worker cannot start soon it hands back.
-Leases are used again while there is work and returned `IDLE_S` to twice that after there is none, or at once when others
-wait.
+Calls are grouped by what they need of a worker (`LeaseSpec`). A class tells agents as a level how many leases it could
+use, and calls go straight to leased workers. How many are sent ahead to one worker adapts: one until the function's
+pace is known, then as many as keep the worker busy for `BUDGET_S`, so a worker never waits for its owner, and never
+holds a long queue that others could run. What a worker cannot start soon it hands back. Leases are used again while
+there is work and returned `IDLE_S` to twice that after there is none, or at once when others wait.
 """
 
 from __future__ import annotations
@@ -195,7 +194,7 @@ class SchedulingClass:
         for lease in self.leases:
             if not queue:
                 return
-            # One call even if it was reclaimed on its way here: else it might go to and fro without anything being done.
+            # One call even if it was reclaimed on its way here, else it might go to and fro with nothing done.
             if not lease.link.running and (lease.takes_calls or not (lease.used or lease.broken)):
                 self._send(lease, queue.popleft())
         open_leases = [lease for lease in self.leases if lease.takes_calls]

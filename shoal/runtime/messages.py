@@ -7,7 +7,8 @@ from shoal.rpc.messages import Message
 
 
 class Introduce(Message, frozen=True, tag=300):
-    """First message of an owner on a connection to a worker: who it is, and where references to its objects are counted."""
+    """First message of an owner on a connection to a worker: who it is, and where references to its objects are
+    counted."""
 
     worker_id: bytes
     job_id: bytes
@@ -16,8 +17,8 @@ class Introduce(Message, frozen=True, tag=300):
 
 class Template(Message, frozen=True, tag=301):
     """What calls with this `template_id` on this connection have in common. `code`: flat pickled function; empty for a
-    method of the actor that lives there, named `method`. `once`: a call must not run twice, so its owner must know which
-    one was running when the worker crashes: no result is held back before or after it."""
+    method of the actor that lives there, named `method`. `once`: a call must not run twice, so its owner must know
+    which one was running when the worker crashes: no result is held back before or after it."""
 
     template_id: int
     name: str  # of the task, for people
@@ -40,8 +41,9 @@ class Argument(Message, frozen=True, tag=302):
 
 
 class Run(Message, frozen=True, tag=303):
-    """Call it. `args`, `kwargs`: flat serialized tuple and dict, empty for none; references at the top level were replaced
-    by `Placeholder`s into `arguments`. With `packed`, both are in the stored object `arguments[-1]` as one tuple."""
+    """Call it. `args`, `kwargs`: flat serialized tuple and dict, empty for none; references at the top level were
+    replaced by `Placeholder`s into `arguments`. With `packed`, both are in the stored object `arguments[-1]` as one
+    tuple."""
 
     template_id: int
     counter: int
@@ -68,7 +70,8 @@ class Ended(Message, frozen=True, tag=305):
 
 
 class Pace(Message, frozen=True, tag=306):
-    """How long calls of this template take here, in seconds, smoothed; sent when first known and when it changes much."""
+    """How long calls of this template take here, in seconds, smoothed; sent when first known and when it changes
+    much."""
 
     template_id: int
     seconds: float
