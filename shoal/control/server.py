@@ -52,7 +52,8 @@ class ControlServer:
         )
         self._peers: dict[int, Connection] = {}
         self._last_peer = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = 0.0  # kept here: uvloop's handle of a deadline that has passed does not say
 
     async def serve(self, unix_path: str, ready: Callable[[], None], stop: asyncio.Event) -> None:
         """Listen at `unix_path`, call `ready`, and serve until `stop` is set; then tell every node to end.
@@ -120,10 +121,11 @@ class ControlServer:
         deadline = self._state.deadline()
         timer = self._timer
         if timer is not None:
-            if timer.when() <= deadline:
+            if self._timer_at <= deadline:
                 return  # early is fine: the tick arms the next one
             timer.cancel()
         self._timer = self._loop.call_at(deadline, self._tick) if deadline != float("inf") else None
+        self._timer_at = deadline
 
     def _tick(self) -> None:
         self._timer = None

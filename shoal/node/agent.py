@@ -23,6 +23,7 @@ import msgspec
 from shoal.control import messages as control
 from shoal.control.messages import JobInfo, NodeInfo
 from shoal.exceptions import ShoalError
+from shoal.node import starting
 from shoal.node.actors import ActorHost
 from shoal.node.cluster_link import ClusterLink
 from shoal.node.lease_service import LeaseService
@@ -73,6 +74,9 @@ logger = logging.getLogger(__name__)
 
 TICK_S: Final = 1.0
 """Heartbeat, idle workers, expired waits. Nothing that is urgent waits for it."""
+
+CLOSE_S: Final = 4
+"""Closing takes milliseconds; a process that is not gone by then is ended by the kernel."""
 
 _process_decoder = make_decoder(FromProcess | BetweenAgents)
 
@@ -158,6 +162,7 @@ class Agent:
                     group.create_task(self._watch_zygote(), name="watch-zygote"),
                 ]
                 await self._stop.wait()
+                signal.alarm(CLOSE_S)  # nobody may be left to end this process if a thread of it hangs
                 for helper in helpers:
                     helper.cancel()
         finally:

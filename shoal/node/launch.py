@@ -24,7 +24,9 @@ GIVE_UP_S: Final = 2.0
 class RunningNode:
     """A node that this process started. `record` says how to reach it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: session.NodeFolder, record: session.NodeRecord) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], folder: session.NodeFolder, record: session.NodeRecord
+    ) -> None:
         self.process = process
         self.folder = folder
         self.record = record

@@ -1,4 +1,10 @@
-"""Small facts about processes that the supervisor, the zygote and the agent share. Linux first; elsewhere best effort."""
+"""Small facts about processes that the supervisor, the zygote and the agent share. Linux first; elsewhere best effort.
+
+How a node ends without leaving anything, whatever is killed: a worker leads a process group, which is killed with it. The
+zygote and above it the supervisor adopt orphans, so that what left its group is still below one of them, and kill
+everything below them when they end. If the supervisor itself is killed, the kernel tells zygote and agent, who then
+end in order.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +12,10 @@ import contextlib
 import ctypes
 import os
 import resource
+import select
 import signal
 import sys
+import time
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1

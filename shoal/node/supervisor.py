@@ -5,8 +5,8 @@
                 +- agent
 
 It imports what its children need once and forks them, so a node is up in the time of one interpreter start. Children
-are bound to it by the kernel (parent-death signal), so even SIGKILL of the supervisor leaves no process; the arena is an
-anonymous memory file, so no shared memory can be left either.
+are bound to it by the kernel (parent-death signal), so even SIGKILL of the supervisor leaves no process; the arena is
+an anonymous memory file, so no shared memory can be left either.
 
 It is run by `launch.start_node` with its options on stdin, and reports once on stdout: a `Started` or a `StartFailed`.
 """
@@ -32,9 +32,11 @@ from shoal.control.server import ControlSettings, run_control
 from shoal.exceptions import ShoalError
 from shoal.node.agent import run_agent
 from shoal.node.processes import (
+    adopt_orphans,
     allow_open_files,
     describe_status,
     die_with_parent,
+    end_children,
     kill_group,
     reset_after_fork,
     set_title,
@@ -50,6 +52,10 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S: Final = 5.0
 """From SIGTERM to SIGKILL of a child: an agent needs milliseconds, a stuck disk may need more."""
+
+
+ORPHANS_S: Final = 3.0
+"""How long to wait for killed leftovers of workers to be gone; only one that hangs in the kernel takes longer."""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
@@ -89,6 +95,7 @@ class Supervisor:
         options = self._options
         log_config.configure("supervisor", self.folder.logs, options.log_level)
         self._catch_signals()
+        adopt_orphans()
         capacity = detect_capacity(options)
         token = self._find_token()
         listener = listen_tcp(options.node_ip, options.port)
@@ -181,7 +188,8 @@ class Supervisor:
             return pid
         code = 1
         try:
-            die_with_parent(parent)
+            # Those who can end others in order are told that this process died; the rest need not know.
+            die_with_parent(parent, signal.SIGTERM if name in ("zygote", "agent") else signal.SIGKILL)
             reset_after_fork()
             if name != "zygote":  # whose children run user code, which may use select() and its 1024 descriptors
                 allow_open_files()
@@ -276,6 +284,7 @@ class Supervisor:
         for name in ("agent", "control", "zygote"):
             for pid in [pid for pid, child in self._children.items() if child == name]:
                 self._end_child(pid, deadline)
+        end_children(ORPHANS_S)
         self.folder.remove_traces()
 
     def _end_child(self, pid: int, deadline: float) -> None:

@@ -5,11 +5,13 @@ a worker costs ~1 ms and a few private MB instead of ~200 ms and ~40 MB for a fr
 
 It hears one datagram per order over a SOCK_SEQPACKET pair from the agent (with the write ends of the worker's stdout
 and stderr), and says when a worker was forked and when one ended, with its status: the zygote is their parent. It ends
-when the agent does, and the kernel ends its workers with it.
+when the agent does, or when it is told to (by SIGTERM, which the kernel sends when the supervisor dies), and takes the
+workers with it, and all that those started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -23,11 +25,22 @@ from typing import Final
 
 import msgspec
 
-from shoal.node.processes import describe_status, die_with_parent, reset_after_fork, set_title
+from shoal.node.processes import (
+    adopt_orphans,
+    children,
+    describe_status,
+    die_with_parent,
+    end_children,
+    kill_group,
+    reset_after_fork,
+    set_title,
+)
 
 logger = logging.getLogger(__name__)
 
 _DATAGRAM_BYTES: Final = 1 << 16
+_END_S: Final = 3.0
+"""How long the zygote waits for killed processes to be gone; only one that hangs in the kernel takes longer."""
 
 
 class Fork(msgspec.Struct, array_like=True, frozen=True, tag=1):
@@ -63,46 +76,80 @@ def run_zygote(sock: socket.socket, run_worker: Callable[[bytes], None]) -> None
     """Serve the agent at the other end of `sock` until it closes. `run_worker(worker_id)` is the life of a worker; it runs
     in a forked child and its return ends that child."""
     set_title("shoal::zygote")
+    adopt_orphans()
+    workers: set[int] = set()
+    told_to_end: list[int] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda number, _: told_to_end.append(number))
     signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
     gc.collect()
     gc.freeze()  # the collector of a worker never writes to (and so never copies) the pages that came from here
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     poll.register(wake_in, select.POLLIN)
-    while True:
-        for fd, _ in poll.poll():
-            if fd == wake_in:
-                os.read(wake_in, 4096)
-                _report_exits(sock)
-                continue
-            data, fds, _, _ = socket.recv_fds(sock, _DATAGRAM_BYTES, 2)
-            if not data:
-                return
-            order = _orders.decode(data)
-            try:
-                pid = _fork(sock, order, fds, run_worker, (wake_in, wake_out))
-                report = Forked(order.worker_id, pid)
-            except OSError as exc:
-                logger.exception("fork failed")
-                report = Forked(order.worker_id, 0, f"cannot start a process: {exc.strerror}")
-            finally:
-                for received in fds:
-                    os.close(received)
-            sock.send(_encode(report))
+    try:
+        while not told_to_end:
+            for fd, _ in poll.poll():
+                if fd == wake_in:
+                    os.read(wake_in, 4096)
+                    _reap(sock, workers)
+                elif not _obey(sock, workers, run_worker, (wake_in, wake_out)):
+                    return
+    except BrokenPipeError:
+        logger.info("the agent ended")
+    finally:
+        for pid in workers:
+            kill_group(pid)
+        end_children(_END_S)
 
 
-def _report_exits(sock: socket.socket) -> None:
+def _obey(
+    sock: socket.socket, workers: set[int], run_worker: Callable[[bytes], None], wake: tuple[int, int]
+) -> bool:
+    """Carry out one order; False when there will be no more."""
+    try:
+        data, fds, _, _ = socket.recv_fds(sock, _DATAGRAM_BYTES, 2)
+    except ConnectionResetError:
+        return False
+    if not data:
+        return False
+    order = _orders.decode(data)
+    try:
+        pid = _fork(sock, order, fds, run_worker, wake)
+        workers.add(pid)
+        report = Forked(order.worker_id, pid)
+    except OSError as exc:
+        logger.exception("fork failed")
+        report = Forked(order.worker_id, 0, f"cannot start a process: {exc.strerror}")
+    finally:
+        for received in fds:
+            os.close(received)
+    sock.send(_encode(report))
+    return True
+
+
+def _reap(sock: socket.socket, workers: set[int]) -> None:
+    """Report workers that ended; what they left behind in their sessions ends too."""
+    ended = set()
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return
+            break
         if pid == 0:
-            return
-        sock.send(_encode(Exited(pid, *describe_status(status))))
+            break
+        if pid in workers:  # else it was an orphan
+            workers.discard(pid)
+            ended.add(pid)
+            kill_group(pid)
+            sock.send(_encode(Exited(pid, *describe_status(status))))
+    if ended:
+        for pid in children():
+            with contextlib.suppress(ProcessLookupError):
+                if pid not in workers and os.getsid(pid) in ended:
+                    os.kill(pid, signal.SIGKILL)
 
 
 def _fork(

@@ -43,12 +43,12 @@ class ObjectRef(Generic[T_co]):
         "node",
         "owned",
         "published",
-        "requested",
         "size",
         "state",
         "task",
         "value",
         "waiters",
+        "watched",
     )
 
     def __init__(self, object_id: bytes, home: bytes, owned: bool = True, task: Any = None) -> None:
@@ -65,7 +65,7 @@ class ObjectRef(Generic[T_co]):
         self.published = False  # the home agent knows it
         self.node = b""  # whose store was given the value first
         self.local = False  # a copy is in this node's store, as far as is known
-        self.requested = False  # a borrowed ref's state was asked for
+        self.watched = False  # somebody has waited for it, so that the home of a borrowed one was asked
 
     def binary(self) -> bytes:
         """The 28 bytes of the id."""

@@ -110,7 +110,7 @@ class References(NodeConnection):
             ref.local = self.node_id in state.nodes
             self.follow(ref)
             ref.published = ref.owned  # the home must know which node to wait for, or not to wait for any more
-        elif state.state == ERROR and ref.owned and not ref.published and self.on_unseen_error is not None:
+        elif state.state == ERROR and self.on_unseen_error is not None and not (ref.watched or ref.published):
             self.follow(ref).note = state.payload
         ref.state = state.state
         if ref.published and ref.owned:
@@ -152,10 +152,11 @@ class References(NodeConnection):
         if ref.waiters is None:
             ref.waiters = []
         ref.waiters.append(waiter)
+        before, ref.watched = ref.watched, True
         if self.closed:
             self.learn(ref, error_state(exceptions.LocalAgentDiedError(self.closed)))
         elif not ref.owned:
-            return not ref.requested and self._ask_home(ref)
+            return not before and self._ask_home(ref)
         elif ref.task is None or ref.task.bound.runtime is not self:
             self.learn(ref, error_state(foreign(ref)))
         return False
@@ -165,7 +166,6 @@ class References(NodeConnection):
         if use is None or use() is not ref:
             self.learn(ref, error_state(foreign(ref)))
             return False
-        ref.requested = True
         request = Resolve(object_id=ref.binary(), home=ref.home, fetch=False)
         use.request = self.agent.request(request, lambda reply: self._resolved(use, reply))
         return True

@@ -478,7 +478,7 @@ def test_kill_before_it_has_started(tmp_path: Any) -> None:
     waiting = Box.remote(when.options(num_cpus=0).remote(str(tmp_path / "gate"), 1))
     starting = Box.remote()
     for box in (waiting, starting):
-        call = box.pid.remote()
+        call = box.wait_for.remote(str(tmp_path / "never"))
         shoal.kill(box)
         with pytest.raises(ActorDiedError, match="killed"):
             shoal.get(call, timeout=5.0)
