@@ -1,7 +1,7 @@
 """The owner's side of leases against an agent that grants, takes away, redirects and starves at random.
 
-What must hold whatever the order: every call ends exactly once, calls with retries left survive lost workers, the demand that
-each agent knows is the level the owner means, and when all is done every lease has gone back.
+What must hold whatever the order: every call ends exactly once, calls with retries left survive lost workers, the
+demand that each agent knows is the level the owner means, and when all is done every lease has gone back.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def test_a_starved_neighbour_gets_busy_leases_when_they_run_dry(monkeypatch: pyt
     assert world.runtime.agent.demand == {0: 2}, "and asked for again"
 
 
-def test_a_lease_that_was_reclaimed_on_its_way_does_one_call_before_it_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_reclaimed_on_its_way_does_one_call_before_it_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     world.submit(3)
     lease_id = world.grant_and_reclaim()
