@@ -117,7 +117,7 @@ def describe_class(cls: type, *, max_task_retries: int) -> tuple[ClassInfo, bool
     methods: dict[str, MethodInfo] = {}
     is_async = False
     for name in dir(cls):
-        if name == "__init__" or hasattr(object, name):
+        if name == "__init__" or name in vars(object):
             continue
         raw = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
         function = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw

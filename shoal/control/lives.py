@@ -315,6 +315,14 @@ class ActorLives:
 
     # --------------------------------------------------------------------------------- what follows from other tables
 
+    def hand_on(self, actor_ids: Iterable[ActorId], heir: Origin) -> None:
+        """The process that created these is gone, and another owns them from now on."""
+        for actor_id in actor_ids:
+            actor = self._actors.get(actor_id)
+            if actor is not None and not actor.spec.detached:
+                actor.owner = heir
+                self._processes.own(heir, actor_id)
+
     def end_owned(self, actor_ids: Iterable[ActorId], cause: str) -> None:
         """The process that created these is gone."""
         for actor_id in actor_ids:

@@ -161,12 +161,14 @@ class GetJob(Request, frozen=True, tag=105):
 
 
 class ProcessGone(Message, frozen=True, tag=106):
-    """A driver or worker of this node disconnected or died. For a driver this ends its job."""
+    """A driver or worker of this node disconnected or died. For a driver this ends its job. `retired`: a worker that
+    was ended because there was no more work for it; the actors that it created are the driver's from now on."""
 
     worker_id: bytes
     job_id: bytes
     is_driver: bool
     cause: str
+    retired: bool = False
 
 
 class ActorStarted(Message, frozen=True, tag=107):

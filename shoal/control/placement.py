@@ -97,8 +97,8 @@ class WaitingRoom:
         line = self._standing.pop(actor.actor_id, None)
         if line is not None:
             _, since, _ = line.standing.pop(actor.actor_id)
-            line.actors[actor.actor_id] = (actor, since)
-            line.actors = dict(sorted(line.actors.items(), key=lambda item: item[1][1]))
+            waiting = {actor.actor_id: (actor, since), **line.actors}
+            line.actors = dict(sorted(waiting.items(), key=lambda item: item[1][1]))
             self._line_of[actor.actor_id] = line
             actor.reason = line.reason
             return line

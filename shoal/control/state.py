@@ -331,7 +331,11 @@ class ControlState:
                 self._end_job(job, f"the job's driver is gone: {message.cause}")
         self._log_flushes.process_gone(Origin(node.peer, message.worker_id))
         owned = self._processes.drop(Origin(node.peer, message.worker_id))
-        self._lives.end_owned(owned, f"the process that created it is gone: {message.cause}")
+        job = self._jobs.find(JobId(message.job_id))
+        if message.retired and job is not None and job.running:
+            self._lives.hand_on(owned, Origin(job.peer, job.info.driver_id))
+        else:
+            self._lives.end_owned(owned, f"the process that created it is gone: {message.cause}")
 
     def _end_job(self, job: JobRecord, cause: str) -> None:
         logger.info("job ended job=%s cause=%s", job.info.job_id.hex(), cause)

@@ -106,6 +106,7 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self.address = settings.address
         self._stop = asyncio.Event()
+        self._ending = ""  # why the node ends
         self._processes: dict[bytes, Process] = {}
         self._alive: set[bytes] = set()  # 12-byte id prefixes of this node's processes
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -125,7 +126,7 @@ class Agent:
             settings.node_id, arena, settings.store_bytes, peers, self._puller, self.cluster.address_of,
             self._alive.__contains__, lambda actor_id: self.tell_control(control.ActorOutOfScope(actor_id)),
         )  # fmt: skip
-        self._transfers = TransferServer(arena.fd, self.objects.pin_for_transfer, self.objects.unpin_from_transfer)
+        self._transfers = TransferServer(arena, self.objects.pin_for_transfer, self.objects.unpin_from_transfer)
         self._arena = arena
         self._warmer = Warmer(settings.store_bytes)
 
@@ -137,7 +138,7 @@ class Agent:
         settings = self._settings
         self.pool.prestart(self._prestart)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._stop.set)
+            self._loop.add_signal_handler(number, self._end, "it was stopped")
         local = await aio.listen_local(
             settings.agent_socket,
             settings.token,
@@ -172,7 +173,7 @@ class Agent:
         for listener in listeners:
             listener.close()
         for process in list(self._processes.values()):
-            process.connection.send(EndProcess("the node ends"))
+            process.connection.send(EndProcess(f"node {self.node_id.hex()[:12]} has ended: {self._ending}"))
             process.connection.close()
         self.pool.close()
         self._logs.close()
@@ -183,10 +184,15 @@ class Agent:
         for task in self._tasks:
             task.cancel()
 
+    def _end(self, why: str) -> None:
+        if not self._ending:
+            self._ending = why
+            logger.info("this node ends: %s", why)
+            self._stop.set()
+
     async def _watch_zygote(self) -> None:
         await asyncio.shield(self.pool.lost_zygote)
-        logger.error("the zygote ended and took the workers with it; this node ends")
-        self._stop.set()
+        self._end("its zygote was killed, and the workers with it")
 
     async def _tick(self) -> None:
         while True:
@@ -373,7 +379,9 @@ class Agent:
             self.pool.end(worker, worker.ending or CLOSED, intended=worker.intended)
         if process.job_id:
             cause = worker.ending if worker is not None else "the driver ended"
-            self.tell_control(control.ProcessGone(process.worker_id, process.job_id, process.is_driver, cause))
+            retired = worker is not None and worker.retired
+            gone = control.ProcessGone(process.worker_id, process.job_id, process.is_driver, cause, retired)
+            self.tell_control(gone)
         if process.is_driver and process.job_id:
             self._end_job(process.job_id)
 
@@ -419,6 +427,7 @@ class Agent:
                 if process.worker is not None:
                     process.worker.intended = True
                     process.worker.ending = process.worker.ending or message.cause
+                    process.worker.retired = not process.worker.actor_id
             case WorkerBusy():
                 logger.info("worker=%s task=%s: %s", who.hex()[:12], message.task, message.reason)
             case Done() | Failed():
@@ -462,9 +471,7 @@ class Agent:
         return dict(self.scheduler.available), self.objects.store.used, demands, len(self.pool)
 
     def _lost_control(self, reason: str) -> None:
-        if not self._stop.is_set():
-            logger.error("lost the connection to control (%s); this node ends", reason)
-            self._stop.set()
+        self._end(f"it lost the head of its cluster ({reason})")
 
     def _from_control(self, message: Any) -> None:
         match message:
@@ -480,8 +487,7 @@ class Agent:
                 self._logs.flush_job(message.job_id)
                 self.tell_control(control.LogsFlushed(message.number))
             case control.StopNode():
-                logger.error("control ends this node: %s", message.reason)
-                self._stop.set()
+                self._end(f"the head ended it: {message.reason}")
             case _:
                 logger.warning("unexpected message of control: %s", type(message).__name__)
 

@@ -8,13 +8,13 @@ meet: `_entries` are the objects whose home is this node, `_uses` those whose ho
 A value keeps the references inside it alive: while an entry lives, the entry itself is a user of what it contains.
 
 Messages of one connection arrive in order, those of different connections in any. So about one object
-- a borrower's use may arrive before the owner's `publish`: the entry is made without an owner and waits for it; when the
-  borrower leaves first, the entry is forgotten as if it had never been;
+- a borrower's use may arrive before the owner's `publish`: the entry is made without an owner and waits for it; when
+  the borrower leaves first, the entry is forgotten as if it had never been;
 - a process may end a use and begin another at once, and the two words may cross: uses are counted, not listed;
-- the owner may know that a value is stored before its copy is reported: the entry stays pending and remembers which node
-  it expects to speak, so that a death of that node is not waited for in vain;
-- a copy may be reported after everybody dropped the object: a second copy of what is not known here is always told to go,
-  a first one when its id is among the `_dropped` (bounded) or its owner is dead.
+- the owner may know that a value is stored before its copy is reported: the entry stays pending and remembers which
+  node it expects to speak, so that a death of that node is not waited for in vain;
+- a copy may be reported after everybody dropped the object: a second copy of what is not known here is always told to
+  go, a first one when its id is among the `_dropped` (bounded) or its owner is dead.
 
 An entry without an owner knows nothing: whoever could tell it something (a publish, a copy) settles the owner as well.
 """
@@ -109,7 +109,7 @@ class Directory:
         self._entries: dict[bytes, Entry] = {}
         self._uses: dict[bytes, _Use] = {}
         self._held: dict[bytes, dict[bytes, int]] = {}  # process of this node -> object -> uses
-        self._awaited: dict[bytes, set[bytes]] = {}  # owner's id prefix -> entries that it may still have to say more about
+        self._awaited: dict[bytes, set[bytes]] = {}  # owner's id prefix -> entries it may say more about
         self._dropped: OrderedDict[bytes, None] = OrderedDict()
         self._unused: list[bytes] = []  # entries that may have lost their last user
         self._sweeping = False
@@ -189,7 +189,7 @@ class Directory:
             self._free_if_unused(object_id)
 
     def watch(self, object_id: bytes, key: WaiterKey, answer: Answer) -> None:
-        """Call `answer` with the state once it is not PENDING: now, or later unless `unwatch(object_id, key)` comes first."""
+        """Call `answer` with the state once it is not PENDING: now, or later unless `unwatch` with `key` comes first."""
         entry = self._entries.get(object_id)
         if entry is None:
             if object_id in self._dropped or self._never_comes(object_id):
@@ -409,7 +409,8 @@ class Directory:
             assert awaited == (may_speak and (not entry.owned or entry.state == PENDING)), object_id.hex()
             assert object_id not in self._uses, object_id.hex()
         for prefix, ids in self._awaited.items():
-            assert ids and all(process_of(object_id) == prefix and object_id in self._entries for object_id in ids)
+            assert ids
+            assert all(process_of(object_id) == prefix and object_id in self._entries for object_id in ids)
         for object_id, use in self._uses.items():
             assert 0 < use.users <= users.get(object_id, 0), object_id.hex()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -41,9 +42,13 @@ class RunningNode:
                 self.kill()
 
     def kill(self) -> None:
-        """SIGKILL the node's processes, as a power cut would; what it left on disk goes with the next node's start."""
+        """End the node as a power cut would: all of it at once, with no last word. What it left on disk goes with the
+        next node's start."""
         if self.process.poll() is None:
-            self.process.kill()
+            pids = _stop_all(self.process.pid)
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait()
 
 
@@ -81,6 +86,19 @@ class StartingNode:
         if record is None:
             raise ShoalError(f"the node ended right after its start; see {folder.logs}")
         return RunningNode(self.process, folder, record)
+
+
+def _stop_all(root: int) -> list[int]:
+    """SIGSTOP a process and everything below it, parents first, so that none acts on the end of another; their pids."""
+    found = [root]
+    for pid in found:  # grows meanwhile
+        try:
+            os.kill(pid, signal.SIGSTOP)
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+        except OSError:
+            continue  # it ended by itself, or this is not Linux
+    return found
 
 
 def spawn_node(options: NodeOptions) -> StartingNode:

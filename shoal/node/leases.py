@@ -156,7 +156,7 @@ class LeaseScheduler:
         """`owner` wants `wanted` leases of its class in all, those it has included. Replaces what it said before.
 
         Args:
-            spec: given with the first demand of a class, and remembered for the owner's life (beyond
+            spec: given with the first demand of a class and when its name changes, and remembered for the owner's life (beyond
                 `MAX_REMEMBERED_SPECS` classes that want nothing now, the oldest are forgotten).
             redirected: another agent sent the owner here; what cannot be served waits here.
         Raises:
@@ -179,7 +179,9 @@ class LeaseScheduler:
                 record = self._owners[owner] = _Owner()
             cls = DemandClass(owner, class_id, spec, self._queue.shape_of(spec, redirected))
             record.classes[class_id] = cls
-        elif (spec is not None and spec != cls.spec) or redirected != cls.shape.pinned:
+        if spec is not None and spec != cls.spec and msgspec.structs.replace(spec, name=cls.spec.name) == cls.spec:
+            cls.spec = spec  # the same needs under another name: it keeps its place in the line
+        if (spec is not None and spec != cls.spec) or redirected != cls.shape.pinned:
             self._leave_queue(cls)
             self._queue.drop_shape(cls.shape)
             cls.spec = spec or cls.spec

@@ -1,7 +1,7 @@
 """Objects as the processes of this node meet them: room, sealing, reading, counting; here and across nodes.
 
-The shell around two books: `Directory` (who refers to what, for objects whose home is here) and `Store` (what lies where
-in this node's arena). It moves copies, answers waiting processes, and passes on what other homes must know.
+The shell around two books: `Directory` (who refers to what, for objects whose home is here) and `Store` (what lies
+where in this node's arena). It moves copies, answers waiting processes, and passes on what other homes must know.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 TRANSFER: Final = b"transfer"
 """Owner, in the store's books, of room that a pull fills and of pins while a copy is sent."""
 MAX_ATTEMPTS: Final = 3
+NEWS_S: Final = 1.0
+"""When a source fails, control is often about to tell that its node died: how long to wait for that and ask again."""
 
 
 class _Pull:
@@ -89,6 +91,7 @@ class ObjectManager(Effects):
         self._resolves: dict[tuple[bytes, int], asyncio.Task[None]] = {}
         self._telling: dict[bytes, asyncio.Future[Any]] = {}  # first uses that their home has not counted yet
         self._watches = itertools.count()
+        self._news: asyncio.Future[None] = self._loop.create_future()  # done when the next node is gone
         peers.on_lost = self._say_again
 
     # -------------------------------------------------------------------------------------------- room, sealing
@@ -156,6 +159,7 @@ class ObjectManager(Effects):
     async def _resolve(self, process: bytes, connection: Connection, message: Resolve) -> None:
         try:
             for attempt in range(MAX_ATTEMPTS):
+                news = self._news
                 state = await self.wait_state(message.object_id, message.home)
                 if state.state != STORED or not message.fetch:
                     break
@@ -168,6 +172,8 @@ class ObjectManager(Effects):
                 except SourceLostError as exc:
                     state = ObjectState(LOST, f"node:{exc}".encode())
                     logger.info("fetch failed object=%s attempt=%s: %s", message.object_id.hex(), attempt, exc)
+                    if attempt + 1 < MAX_ATTEMPTS:
+                        await asyncio.wait([news], timeout=NEWS_S)
                     continue
                 self._answer_pinned(connection, message, copy)
                 return
@@ -220,10 +226,12 @@ class ObjectManager(Effects):
             logger.debug("a pull failed object=%s: %s", object_id.hex(), task.exception())
 
     async def _pull(self, pull: _Pull, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
-        sources = [address for node in state.nodes if node != self._node and (address := self._address_of(node))]
-        if not sources:
-            raise SourceLostError("every node that had a copy is gone")
-        random.shuffle(sources)  # many may want it at once: each that has it serves its share
+        nodes = [node for node in state.nodes if node != self._node and self._address_of(node) is not None]
+        names = " and ".join(node.hex()[:12] for node in nodes or state.nodes)
+        if not nodes:
+            raise SourceLostError(f"node {names}, which had a copy, is gone")
+        random.shuffle(nodes)  # many may want it at once: each that has it serves its share
+        sources = [address for node in nodes if (address := self._address_of(node)) is not None]
         room: asyncio.Future[int] = self._loop.create_future()
 
         def got(result: int | StoreFullError) -> None:
@@ -239,6 +247,9 @@ class ObjectManager(Effects):
         offset = await room
         try:
             await self._puller.pull(object_id, self._arena.view(offset, state.size), sources)
+        except SourceLostError as exc:
+            self.store.release(TRANSFER, offset)
+            raise SourceLostError(f"it could not be fetched from node {names}: {exc}") from exc
         except BaseException:
             self.store.release(TRANSFER, offset)
             raise
@@ -248,6 +259,7 @@ class ObjectManager(Effects):
         askers, pull.askers = pull.askers, []
         for process in askers:
             self.store.pin(object_id, process)
+        logger.debug("pulled object=%s bytes=%s", object_id.hex(), state.size)
         self._report_copy(object_id, home, state.size, b"", state.contained)
         return copy
 
@@ -290,6 +302,8 @@ class ObjectManager(Effects):
 
     def node_gone(self, node_id: bytes) -> None:
         self.directory.node_gone(node_id)
+        self._news.set_result(None)
+        self._news = self._loop.create_future()
         for object_id in self.store.copies_of_home(node_id):
             self.store.delete(object_id)
 
@@ -314,7 +328,8 @@ class ObjectManager(Effects):
         if not holds:
             self._peers.send(home, HolderChanged(object_id=object_id, holds=False))
             return
-        telling = self._telling[object_id] = self._peers.start_request(home, HolderChanged(object_id=object_id, holds=True))
+        telling = self._peers.start_request(home, HolderChanged(object_id=object_id, holds=True))
+        self._telling[object_id] = telling
         telling.add_done_callback(partial(self._told, home, object_id))
 
     def _told(self, home: bytes, object_id: bytes, telling: asyncio.Future[Any]) -> None:
@@ -337,9 +352,7 @@ class ObjectManager(Effects):
                 self.directory.holder_changed(message.object_id, node_id, message.holds)
                 connection.reply(message, Done())
             case CopyMade():
-                self.directory.copy_made(
-                    message.object_id, node_id, message.size, message.owner_id, message.contained
-                )
+                self.directory.copy_made(message.object_id, node_id, message.size, message.owner_id, message.contained)
             case CopyGone():
                 self.directory.copy_gone(message.object_id, node_id, "its last copy was evicted")
             case DeleteCopy():

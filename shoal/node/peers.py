@@ -1,9 +1,10 @@
-"""Connections from this agent to the agents of other nodes: one each, made when first needed, tried again while it breaks.
+"""Connections from this agent to the agents of other nodes: one each, made when first needed, and again when it breaks.
 
-What is said to one node arrives there in the order in which it was said, whether the connection was open by then or not:
-until it is, messages wait in a line. A node that cannot be reached is tried again for as long as nobody says that it is
-gone, but for `PATIENCE_S` at most; whoever asked something learns then why there is no answer. When a connection breaks
-and the node lives, some of what was said may be lost: `on_lost` is called for the room to say again what must be known.
+What is said to one node arrives there in the order in which it was said, whether the connection was open by then or
+not: until it is, messages wait in a line. A node that cannot be reached is tried again for as long as nobody says that
+it is gone, but for `PATIENCE_S` at most; whoever asked something learns then why there is no answer. When a connection
+breaks and the node lives, some of what was said may be lost: `on_lost` is called for the room to say again what must be
+known.
 
 Control tells of nodes that come and go, and others may be faster: a node that is not known yet is no dead one. The dead
 ones are remembered, since words of theirs may still arrive.

@@ -1,7 +1,7 @@
 """Small facts about processes that the supervisor, the zygote and the agent share. Linux first; elsewhere best effort.
 
-How a node ends without leaving anything, whatever is killed: a worker leads a process group, which is killed with it. The
-zygote and above it the supervisor adopt orphans, so that what left its group is still below one of them, and kill
+How a node ends without leaving anything, whatever is killed: a worker leads a process group, which is killed with it.
+The zygote and above it the supervisor adopt orphans, so that what left its group is still below one of them, and kill
 everything below them when they end. If the supervisor itself is killed, the kernel tells zygote and agent, who then
 end in order.
 """

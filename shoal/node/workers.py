@@ -41,7 +41,7 @@ class Worker:
 
     __slots__ = (
         "actor_id", "connection", "devices", "ending", "env", "idle_since", "incarnation", "intended", "job_id",
-        "lease_id", "pid", "ready", "socket_path", "worker_id",
+        "lease_id", "pid", "ready", "retired", "socket_path", "worker_id",
     )  # fmt: skip
 
     def __init__(self, worker_id: bytes, socket_path: str, ready: asyncio.Future[None]) -> None:
@@ -59,6 +59,7 @@ class Worker:
         self.idle_since = 0.0
         self.ending = ""  # why we end it, or why it said it leaves
         self.intended = False  # its end is no crash
+        self.retired = False  # it ends because there is no more work for it: what it made lives on
 
     @property
     def is_idle(self) -> bool:
@@ -183,6 +184,7 @@ class WorkerPool:
         worker.lease_id = 0
         worker.idle_since = self._loop.time()
         if worker.devices:
+            worker.retired = True
             self.end(worker, "its devices were given back", intended=True)
 
     def end(self, worker: Worker, why: str, *, intended: bool) -> None:
@@ -198,6 +200,7 @@ class WorkerPool:
         idle = sorted((w for w in self._workers.values() if w.is_idle), key=lambda w: w.idle_since)
         for worker in idle[: max(0, len(idle) - self._keep_idle)]:
             if now - worker.idle_since > SPARE_S:
+                worker.retired = True
                 self.end(worker, "it was idle", intended=True)
 
     def _hear_zygote(self) -> None:

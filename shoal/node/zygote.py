@@ -73,8 +73,8 @@ def encode_order(worker_id: bytes) -> bytes:
 
 
 def run_zygote(sock: socket.socket, run_worker: Callable[[bytes], None]) -> None:
-    """Serve the agent at the other end of `sock` until it closes. `run_worker(worker_id)` is the life of a worker; it runs
-    in a forked child and its return ends that child."""
+    """Serve the agent at the other end of `sock` until it closes. `run_worker(worker_id)` is the life of a worker; it
+    runs in a forked child and its return ends that child."""
     set_title("shoal::zygote")
     adopt_orphans()
     workers: set[int] = set()
@@ -105,9 +105,7 @@ def run_zygote(sock: socket.socket, run_worker: Callable[[bytes], None]) -> None
         end_children(_END_S)
 
 
-def _obey(
-    sock: socket.socket, workers: set[int], run_worker: Callable[[bytes], None], wake: tuple[int, int]
-) -> bool:
+def _obey(sock: socket.socket, workers: set[int], run_worker: Callable[[bytes], None], wake: tuple[int, int]) -> bool:
     """Carry out one order; False when there will be no more."""
     try:
         data, fds, _, _ = socket.recv_fds(sock, _DATAGRAM_BYTES, 2)
@@ -176,7 +174,7 @@ def _fork(
         code = 0
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the boundary of user code
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):

@@ -1,10 +1,11 @@
-"""Calling actors: one `Connection` per actor and process, which queues calls until control says where the actor is, then
-talks to its worker directly, in order and pipelined.
+"""Calling actors: one `Connection` per actor and process, which queues calls until control says where the actor is,
+then talks to its worker directly, in order and pipelined.
 
 A handle is counted like a reference: its `Client` holds a ref to a pseudo-object that stands for the actor
-(`ids.actor_object_id`), whose home is the agent of the node where the actor was created. When the last one anywhere goes,
-that agent tells control, and the actor ends after the calls it has accepted. A call keeps its client, so nothing that was
-submitted is lost that way. Handles that were found by name, and those of detached actors, are weak: nobody counts them.
+(`ids.actor_object_id`), whose home is the agent of the node where the actor was created. When the last one anywhere
+goes, that agent tells control, and the actor ends after the calls it has accepted. A call keeps its client, so nothing
+that was submitted is lost that way. Handles that were found by name, and those of detached actors, are weak: nobody
+counts them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ WINDOW: Final = 10_000
 """Calls sent and not answered, per caller and actor; more wait here rather than in the actor's memory."""
 ASYNC_CONCURRENCY: Final = 1000
 """Calls of an async actor that run at a time, when the class does not say."""
+WANTED_ENDS: Final = frozenset({"killed", "exited", "out_of_scope", "job_ended"})
+"""Kinds of death that somebody meant."""
 MAX_BOUNDS: Final = 1000
 """Methods with their options that are remembered; who makes new options for each call must not fill the memory."""
 REDIAL_S: Final = 1.0
@@ -68,7 +71,7 @@ class ActorArguments(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Connection:
-    """This process's one way to one actor: the order of its calls, and what became of the actor. Reactor's thread only."""
+    """This process's one way to one actor: the order of its calls, and what became of it. Reactor's thread only."""
 
     def __init__(self, manager: ActorManager, actor_id: bytes, label: str) -> None:
         self._runtime = manager.runtime
@@ -173,7 +176,7 @@ class Connection:
             self._retry_or_fail()
 
     def _retry_or_fail(self) -> None:
-        """Calls that an incarnation took with it: again, if their retries allow, in front and in order; else they fail."""
+        """Calls that an incarnation took with it: again, in front and in order, if retries allow; else they fail."""
         unsure, self._unsure = self._unsure, []
         again = []
         for run in unsure:
@@ -195,9 +198,13 @@ class Connection:
 
     def _fail(self, runs: list[TaskRun]) -> None:
         death = self._death() if runs else None
+        wanted = self.info.kind in WANTED_ENDS
         for run in runs:
             assert death is not None
             run.client = None
+            if wanted and run.refs is not None:
+                for ref in run.refs if isinstance(run.refs, list) else (run.refs,):
+                    ref.watched = True  # nobody needs to be told of an error that somebody asked for
             self._runtime.fail(run, death)
 
     def _death(self) -> ObjectState:
@@ -273,18 +280,21 @@ class Connection:
         if run.stage == "sent":
             return f"it is running or queued in {self.label} (pid {self.info.pid})"
         if self.info.state == "alive":
-            return f"{self.label} is being connected to" if self._link is None else f"{self.label} is busy with earlier calls"
+            what = "is being connected to" if self._link is None else "is busy with earlier calls"
+            return f"{self.label} {what}"
         reason = self.info.reason
         return f"{self.label} is {self.info.state}" + (f": {reason.text}" if reason is not None else "")
 
 
 class Client:
-    """What handles hold. A counted one keeps the actor alive by its `ref`, a weak one does not; both use one connection.
+    """What handles hold. A counted one keeps the actor by its `ref`, a weak one does not; both share a connection.
 
     A call keeps the client that it was made with, so that an actor ends after all that was submitted to it.
     """
 
-    def __init__(self, manager: ActorManager, connection: Connection, actor_id: bytes, ref: ObjectRef[Any] | None) -> None:
+    def __init__(
+        self, manager: ActorManager, connection: Connection, actor_id: bytes, ref: ObjectRef[Any] | None
+    ) -> None:
         self._manager = manager
         self._connection = connection
         self._actor_id = actor_id
@@ -327,17 +337,16 @@ class ActorManager:
         self._shipped: set[bytes] = set()
         self._arguments: dict[bytes, Any] = {}  # by actor: what its constructor needs, or may need again
 
-    def create(
-        self, template: ActorTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Client, bytes]:
-        """In a user's thread. A named actor is settled with control at once (its name may be taken), others on the way."""
+    def create(self, template: ActorTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Client, bytes]:
+        """In a user's thread. A named actor is settled with control at once, since its name may be taken."""
         runtime = self.runtime
         bound = template.bound
         if bound is None or bound[0] is not runtime:
             bound = template.bound = self._bind(template)
         _, class_id, blob = bound
         actor_id = bytes(new_actor_id(runtime.job_id))  # type: ignore[arg-type]
-        run = TaskRun(0, Bound(runtime, f"{template.cls.__name__}.__init__", template.cls.__qualname__, 0), None, runtime.depth)
+        constructor = Bound(runtime, f"{template.cls.__name__}.__init__", template.cls.__qualname__, 0)
+        run = TaskRun(0, constructor, None, runtime.depth)
         if args or kwargs:
             runtime.pack(run, args, kwargs)
         detached = template.detached
@@ -347,8 +356,8 @@ class ActorManager:
         spec = ActorSpec(
             actor_id, runtime.job_id, runtime.worker_id, runtime.node_id, template.cls.__name__, class_id, b"",
             template.resources, template.placement, template.strategy, template.name or "",
-            runtime.job.namespace if template.namespace is None else template.namespace, detached, template.max_restarts,
-            template.max_task_retries, concurrency, template.env_vars, template.handle,
+            runtime.job.namespace if template.namespace is None else template.namespace, detached,
+            template.max_restarts, template.max_task_retries, concurrency, template.env_vars, template.handle,
             msgspec.msgpack.encode(ActorOptions(template.is_async, concurrency, runtime.depth)),
         )  # fmt: skip
         client = self._own(actor_id, template.cls.__name__, weak=detached)

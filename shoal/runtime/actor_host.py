@@ -5,8 +5,8 @@
     any `async def` method           on an event loop on the main thread (see `async_actor`)
 
 However it ends, the end is on the main thread: the instance goes (so that its `__del__` runs while the process is
-whole), exit handlers run, and the agent hears the cause. Three things end it: `exit_actor()` or `sys.exit()` in it, which
-wait for no other call; and the agent (`end`), when the last handle is gone, after all calls that were accepted.
+whole), exit handlers run, and the agent hears the cause. Three things end it: `exit_actor()` or `sys.exit()` in it,
+which wait for no other call; and the agent (`end`), when the last handle is gone, after all calls that were accepted.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class ActorInstance:
         cause = self._run()
         self.instance = None
         self._runner.forget_methods()
+        self._runner.await_taken()
         if self._exit_code:
             worker_exit.end_process(self._runtime, self._exit_code)
         worker_exit.leave(self._runtime, cause)
@@ -105,9 +106,9 @@ class ActorInstance:
         except ActorExit:
             return self.leaving
         except SystemExit as exc:
-            self._exit_code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+            self._exit_code = worker_exit.status_of(exc)
             return f"its constructor called sys.exit({exc.code})"
-        except BaseException as exc:  # the boundary of user code
+        except BaseException as exc:  # noqa: BLE001 - the boundary of user code
             failure = exceptions.TaskError.from_exception(exc, **self._runner.where(label))
             error = serialize(failure).flatten()
             text = f"its constructor raised {type(exc).__name__}: {exc}"
@@ -147,7 +148,7 @@ class ActorInstance:
             return self.spec.class_name
         try:
             return str(repr(self.instance))[:MAX_LABEL_CHARS]
-        except Exception as exc:  # the user's code
+        except Exception as exc:  # noqa: BLE001 - the user's code
             logger.info("repr() of %s raised %s", self.spec.class_name, exc)
             return self.spec.class_name
 

@@ -139,7 +139,7 @@ class AsyncActor(ActorInstance):
                     value = await value
                 reply = runner.reply(call, value)
                 del args, kwargs, value
-        except BaseException as exc:  # the boundary of user code
+        except BaseException as exc:  # noqa: BLE001 - the boundary of user code
             reply = runner.raised(call, exc) if not self.leaving else None
         call.values = []
         if reply is None:
@@ -159,4 +159,5 @@ class AsyncActor(ActorInstance):
     def _about_to_block(self) -> None:
         if not self._warned and threading.current_thread() is threading.main_thread():
             self._warned = True
-            logger.warning("%s waits with get() or wait() on its event loop: nothing else runs there; use await", self.label)
+            text = "%s waits with get() or wait() on its event loop, where nothing else runs meanwhile; use await"
+            logger.warning(text, self.label)

@@ -13,13 +13,14 @@ terminal that is stopped or a pager that is not read blocks its writer, and must
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TextIO
 
@@ -33,6 +34,12 @@ MAX_PENDING_LINES: Final = 50_000
 
 COLORS: Final = (36, 35, 32, 34, 33, 96, 95, 92, 94, 93)
 """ANSI colours of prefixes, one per process in turn; red stays for errors."""
+
+PIECE_BYTES: Final = 4096
+"""What the kernel writes to a pipe in one go: an unbuffered `print` of the user's does not land inside a line."""
+
+_PLAIN_ENCODINGS: Final = frozenset({"utf-8", "utf8", "ascii", "us-ascii", "iso-8859-1", "latin-1", "latin1"})
+"""Those that encode each character by itself."""
 
 _NUMBERS: Final = re.compile(r"\b0x[0-9a-fA-F]+\b|\d+")
 
@@ -283,13 +290,32 @@ def _write_text(target: Any, text: str) -> None:
         # A progress bar of the user's may be drawn on this terminal line: go to its start, and wipe it.
         if _has_progress_bar() and target.isatty():
             text = "\r\x1b[K" + text
-        target.write(text)
-        target.flush()
+        # The text layer of a stream may lose what two threads write at once (CPython before 3.13, gh-119506), and the
+        # other one is the user's. The layer below has a lock.
+        if isinstance(target, io.TextIOWrapper) and target.encoding.lower() in _PLAIN_ENCODINGS:
+            target.flush()
+            for piece in whole_lines(text.encode(target.encoding, "backslashreplace"), PIECE_BYTES):
+                target.buffer.write(piece)
+            target.buffer.flush()
+        else:
+            target.write(text)
+            target.flush()
     except UnicodeEncodeError:
         encoding = getattr(target, "encoding", None) or "ascii"
         _write_text(target, text.encode(encoding, "backslashreplace").decode(encoding))
     except (ValueError, OSError, AttributeError):
         return
+
+
+def whole_lines(data: bytes, most: int) -> Iterator[bytes]:
+    """Cut `data` after line ends into pieces of up to `most` bytes; a line that is longer is a piece of its own."""
+    start = 0
+    while start < len(data):
+        end = start + most
+        if end < len(data):
+            end = data.rfind(b"\n", start, end) + 1 or data.find(b"\n", end) + 1 or len(data)
+        yield data[start:end]
+        start = end
 
 
 def _has_progress_bar() -> bool:

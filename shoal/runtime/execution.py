@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 from shoal import exceptions
 from shoal.node.messages import ERROR, INLINE, STORED, ObjectState
@@ -37,6 +37,8 @@ SHORT_S: Final = 0.0005
 """A call expected to take less than this may run before the results of its predecessors have left."""
 HOLD_BACK_S: Final = 0.001
 MAX_FUNCTIONS: Final = 1000
+TAKEN_S: Final = 2.0
+"""How long a worker that leaves waits until the owners of its results have counted the references in them."""
 
 
 class ActorExit(BaseException):
@@ -57,14 +59,14 @@ class Actor(Protocol):
         """What the calling code belongs to, where the thread alone does not say."""
 
     def exit(self, code: int) -> None:
-        """A method called `sys.exit(code)`. On the thread that runs it; returns if another thread will end the process."""
+        """A method called `sys.exit(code)`. On the thread that runs it; another thread may end the process."""
 
 
 class CallRunner:
     """See the module. One per worker process.
 
     Attributes:
-        queue: calls that wait for a thread; None wakes one up for another reason (the worker becomes an actor, or ends).
+        queue: calls that wait for a thread; None wakes one up for another reason: the worker becomes an actor, or ends.
         actor: set once, on the reactor's thread, before the first call of the actor arrives.
         running: the call that the main thread runs, for others to look at.
     """
@@ -77,6 +79,8 @@ class CallRunner:
         self.title = ProcessTitle(runtime.reactor, self._running_target)
         self._on_thread = threading.local()
         self._functions: dict[bytes, Callable[..., Any]] = {}  # by code: many callers may send the same
+        self._handing_over: set[Caller] = set()  # those that have not counted the references in some result
+        self._all_taken: threading.Event | None = None  # somebody waits for that
         self._methods: weakref.WeakSet[Target] = weakref.WeakSet()  # those with a bound method of the actor's instance
         self._flushed_at = 0.0
 
@@ -107,19 +111,27 @@ class CallRunner:
                 args = kwargs = None  # type: ignore[assignment]  # what they pinned goes before the owner hears of the end
                 reply = self.reply(call, value)
                 value = None
-        except BaseException as exc:  # the boundary of user code
+        except BaseException as exc:  # noqa: BLE001 - the boundary of user code
             reply = self.raised(call, exc)
         self._measure(target, caller, time.perf_counter() - begin)
         call.values = []
         self._on_thread.call = None
-        if reply is not None:
-            self.send(call, reply)
         if target.template.max_calls:
             target.uses += 1
             if target.uses >= target.template.max_calls:
-                self.flush(caller)
-                cause = f"{target.template.name} ran max_calls={target.template.max_calls} times here"
-                worker_exit.leave(self.runtime, cause)
+                self._reply_and_leave(call, reply)
+        if reply is not None:
+            self.send(call, reply)
+
+    def _reply_and_leave(self, call: Call, reply: Finished | Ended | None) -> NoReturn:
+        template = call.target.template
+        # First the agent: once the owner has its result it returns the lease, and nobody must be given this worker.
+        worker_exit.announce(self.runtime, f"{template.name} ran max_calls={template.max_calls} times here")
+        if reply is not None:
+            self.post(call, reply)
+        self.flush(call.caller)
+        self.await_taken()
+        worker_exit.end_process(self.runtime, 0)
 
     def load(self, target: Target) -> Callable[..., Any]:
         """The user's function or bound method; unpickled once per code."""
@@ -183,8 +195,8 @@ class CallRunner:
             if values is None or len(values) != template.num_returns:
                 got = f"{len(values)} values" if values is not None else f"a {type(value).__name__}"
                 raise ValueError(
-                    f"{template.name} has num_returns={template.num_returns} and must return a tuple or list of as many "
-                    f"values; it returned {got}"
+                    f"{template.name} has num_returns={template.num_returns} and must return a tuple or list of as "
+                    f"many values; it returned {got}"
                 )
             results = [serialize(one, f"result {i} of {template.name}") for i, one in enumerate(values)]
         return self._large_reply(call, results)
@@ -205,8 +217,40 @@ class CallRunner:
             states.append(ObjectState(STORED, b"", result.flat_size, [runtime.node_id], contained))
         if kept:
             caller.handover[counter] = kept
+            self._handing_over.add(caller)
             runtime.reactor.call_soon(runtime.publish_all, kept)
         return Ended(counter, states, bool(kept))
+
+    def taken(self, caller: Caller, counter: int) -> None:
+        """The owner has counted what a result refers to: it need not be kept here. On the reactor's thread."""
+        caller.handover.pop(counter, None)
+        if not caller.handover:
+            self._end_handover(caller)
+
+    def caller_gone(self, caller: Caller) -> None:
+        """On the reactor's thread."""
+        caller.handover.clear()
+        self._end_handover(caller)
+
+    def _end_handover(self, caller: Caller) -> None:
+        self._handing_over.discard(caller)
+        if caller.handover:  # a result that was made meanwhile
+            self._handing_over.add(caller)
+        if self._all_taken is not None and not self._handing_over:
+            self._all_taken.set()
+
+    def await_taken(self) -> None:
+        """Before this process ends: wait until nothing is kept for owners any more. By a thread of user code."""
+        taken = threading.Event()
+        # Replies of calls that borrowed references wait until those are counted, and are on their way then.
+        self.runtime.reactor.call_soon(self.runtime.after_uses, lambda: self._watch_handovers(taken))
+        if not taken.wait(TAKEN_S):
+            logger.info("leaving although owners have not counted the references in their results")
+
+    def _watch_handovers(self, taken: threading.Event) -> None:
+        self._all_taken = taken
+        if not self._handing_over:
+            taken.set()
 
     def failed(self, call: Call, state: ObjectState) -> Ended:
         """An argument failed: so does the call, with the same error."""
@@ -219,7 +263,7 @@ class CallRunner:
             return None
         if isinstance(exc, SystemExit):
             self.flush(call.caller)
-            code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+            code = worker_exit.status_of(exc)
             logger.info("%s called sys.exit(%s)", template.name, exc.code)
             if self.actor is None:
                 worker_exit.end_process(self.runtime, code)
@@ -248,7 +292,7 @@ class CallRunner:
             self.flush(caller)
         elif not caller.flush_due:
             caller.flush_due = True
-            self.runtime.reactor.call_soon(self._flush_due, caller)  # in case what runs next takes longer than it used to
+            self.runtime.reactor.call_soon(self._flush_due, caller)  # in case what runs next takes long
 
     def post(self, call: Call, reply: Finished | Ended) -> None:
         """Put a reply where the next `flush` of its caller takes it. Any thread."""
@@ -262,7 +306,7 @@ class CallRunner:
         caller.channel.post(encoded)
 
     def _send_sealed(self, caller: Caller, reply: bytes) -> None:
-        """The owner will wait for the word of the agent that a value is sealed: it must be out when this process dies."""
+        """The owner will wait for the agent's word that a value is sealed: it must be out when this process dies."""
         self.runtime.agent.flush()
         caller.channel.send_encoded(reply)
 

@@ -84,7 +84,7 @@ class Executor:
     def _owner_gone(self, channel: Channel, _reason: Exception) -> None:
         caller: Caller | None = channel.context
         if caller is not None:
-            caller.handover.clear()
+            self.runner.caller_gone(caller)
 
     def _from_owner(self, channel: Channel, message: Any) -> None:
         caller: Caller = channel.context
@@ -96,7 +96,7 @@ class Executor:
         elif kind is Introduce:
             caller.introduce(message)
         elif kind is Taken:
-            caller.handover.pop(message.counter, None)
+            self.runner.taken(caller, message.counter)
         elif kind is Cancel:
             logger.debug("a call that was sent cannot be cancelled yet counter=%s", message.counter)
 
@@ -237,8 +237,8 @@ class Executor:
             name, function_name = call.target.template.name, call.target.template.function_name
             assigned = assigned or dict(call.target.template.resources)
         return ContextData(
-            job_id=runtime.job_id, node_id=runtime.node_id, worker_id=runtime.worker_id, task_id=task_id, task_name=name,
-            function_name=function_name, actor_id=actor.spec.actor_id if actor else b"",
+            job_id=runtime.job_id, node_id=runtime.node_id, worker_id=runtime.worker_id, task_id=task_id,
+            task_name=name, function_name=function_name, actor_id=actor.spec.actor_id if actor else b"",
             actor_name=actor.spec.name if actor else "", namespace=runtime.job.namespace, node_ip=runtime.node_ip,
             control_address=runtime.node_address, session_dir=runtime.session_dir, assigned=assigned,
             devices=self._devices, restarts=actor.restarts if actor else 0, env_vars=self._env_vars, is_driver=False,

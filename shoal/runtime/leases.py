@@ -14,6 +14,8 @@ import math
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from shoal.node.messages import (
     LeaseDemand,
     LeaseGranted,
@@ -54,7 +56,7 @@ class AgentLink:
         self.tasks = tasks
         self.channel = channel
         self.node_id = node_id
-        self.introduced: set[int] = set()  # classes whose spec this agent has
+        self.introduced: dict[int, str] = {}  # classes whose spec this agent has, and the name in it
 
 
 class Lease:
@@ -251,8 +253,10 @@ class SchedulingClass:
             return  # the same, or of the same order while far out of reach
         self.told[agent] = wanted
         spec = None
-        if self.class_id not in agent.introduced:
-            agent.introduced.add(self.class_id)
+        if self.queue and (first := self.queue[0].bound.spec) is not None and first.name != self.spec.name:
+            self.spec = msgspec.structs.replace(self.spec, name=first.name)  # `status` names what waits now
+        if agent.introduced.get(self.class_id) != self.spec.name:
+            agent.introduced[self.class_id] = self.spec.name
             spec = self.spec
         agent.channel.send(LeaseDemand(self.class_id, wanted, spec))
 
@@ -361,8 +365,6 @@ class TaskManager:
         return found
 
     def _find_class(self, run: TaskRun) -> SchedulingClass:
-        import msgspec
-
         spec = run.bound.spec
         assert spec is not None
         spec = msgspec.structs.replace(spec, depth=run.depth)
@@ -455,8 +457,10 @@ class TaskManager:
 
     def cancel(self, run: TaskRun) -> bool:
         """Take a call out of its queue. False when it is not there (it was sent, or waits for arguments)."""
+        cls = self.class_of(run)
         try:
-            self.class_of(run).queue.remove(run)
+            cls.queue.remove(run)
         except ValueError:
             return False
+        cls.pump_soon()  # less is wanted now
         return True

@@ -1,8 +1,8 @@
 """What `ps` and `top` show of a worker: what its main thread runs, "shoal::IDLE" when that is nothing.
 
-A title costs a system call, and calls take microseconds: so it is set at most every `PAUSE_S`, only when it changes, and
-a timer, which runs only while there is something to correct, sets it to what runs for longer, or to "shoal::IDLE". A
-worker that does nothing has no timer; one that runs many short calls of several functions shows one of them.
+A title costs a system call, and calls take microseconds: so it is set at most every `PAUSE_S`, only when it changes,
+and a timer, which runs only while there is something to correct, sets it to what runs for longer, or to "shoal::IDLE".
+A worker that does nothing has no timer; one that runs many short calls of several functions shows one of them.
 """
 
 from __future__ import annotations

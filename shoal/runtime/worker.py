@@ -32,7 +32,7 @@ def run_worker(worker_id: bytes, agent_socket: str, token: bytes, logs: str) -> 
         agent_socket,
         RegisterProcess(
             worker_id=worker_id, pid=os.getpid(), socket_path=socket_path, version=__version__,
-            python="%d.%d" % sys.version_info[:2],
+            python=".".join(map(str, sys.version_info[:2])),
         ),
     )  # fmt: skip
     executor.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -20,8 +21,14 @@ FLUSH_S: Final = 2.0
 
 def leave(runtime: CoreRuntime, cause: str) -> NoReturn:
     """End this process on purpose: for the agent that is no crash."""
-    runtime.reactor.call_soon(runtime.agent.send, Leaving(cause))
+    announce(runtime, cause)
     end_process(runtime, 0)
+
+
+def announce(runtime: CoreRuntime, cause: str) -> None:
+    """Tell the agent that this process leaves, before anybody else can know. Not on the reactor's thread."""
+    runtime.reactor.call_soon(runtime.agent.send, Leaving(cause))
+    _flush(runtime)
 
 
 def end_process(runtime: CoreRuntime, code: int) -> NoReturn:
@@ -30,10 +37,22 @@ def end_process(runtime: CoreRuntime, code: int) -> NoReturn:
     if threading.current_thread() is not runtime.reactor.thread:
         atexit._run_exitfuncs()
         worker_output.flush()
-        gone = threading.Event()
-        runtime.reactor.call_soon(_flush_all, runtime, gone)
-        gone.wait(FLUSH_S)
+        _flush(runtime)
     os._exit(code & 0xFF)
+
+
+def status_of(exc: SystemExit) -> int:
+    """The exit status that `sys.exit(x)` means; a text is printed, as Python does."""
+    if exc.code is None or isinstance(exc.code, int):
+        return exc.code or 0
+    print(exc.code, file=sys.stderr)
+    return 1
+
+
+def _flush(runtime: CoreRuntime) -> None:
+    gone = threading.Event()
+    runtime.reactor.call_soon(_flush_all, runtime, gone)
+    gone.wait(FLUSH_S)
 
 
 def _flush_all(runtime: CoreRuntime, gone: threading.Event) -> None:

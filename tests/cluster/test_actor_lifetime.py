@@ -37,6 +37,11 @@ def infos(state: str = "alive") -> list[Any]:
     return [info for info in found if info.state == state]
 
 
+def call_until_dead(method: Any) -> None:
+    while True:
+        shoal.get(method.remote(), timeout=10)
+
+
 def exists(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -82,7 +87,7 @@ class Actor:
     def exit(self) -> None:
         shoal.actor.exit_actor()
 
-    def sys_exit(self, code: int) -> None:
+    def sys_exit(self, code: int | str) -> None:
         sys.exit(code)
 
     def reconstructed(self) -> bool:
@@ -99,7 +104,7 @@ class Actor:
         return shoal.get_runtime_context().get_assigned_resources()
 
 
-# ------------------------------------------------------------------------------------------------------- the last handle
+# ------------------------------------------------------------------------------------------------------ the last handle
 
 
 def test_an_actor_ends_when_its_last_handle_goes(tmp_path: Path) -> None:
@@ -164,7 +169,7 @@ def test_two_hundred_actors_end_together_and_give_all_back() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- leaving, crashing
+# ---------------------------------------------------------------------------------------------------- leaving, crashing
 
 
 def test_exit_actor_ends_it_on_purpose(tmp_path: Path) -> None:
@@ -194,8 +199,7 @@ def test_exit_actor_from_any_thread() -> None:
         actor = Threads.options(**options).remote()
         shoal.get(actor.start.remote())
         with pytest.raises(ActorDiedError, match=r"exit_actor\(\)"):
-            while True:
-                shoal.get(actor.leave.remote(), timeout=10)
+            call_until_dead(actor.leave)
 
 
 def test_sys_exit_ends_it_and_only_zero_was_meant() -> None:
@@ -206,6 +210,11 @@ def test_sys_exit_ends_it_and_only_zero_was_meant() -> None:
     with pytest.raises((ActorDiedError, ActorUnavailableError)):
         shoal.get(actor.sys_exit.remote(3))
     assert shoal.get(actor.reconstructed.remote())
+
+
+def test_sys_exit_with_a_text_says_it() -> None:
+    with pytest.raises(ActorDiedError, match="(?s)exit code 1.*enough for today"):
+        shoal.get(Actor.remote().sys_exit.remote("enough for today"))
 
 
 def test_restarts_and_retries() -> None:
@@ -279,9 +288,20 @@ def test_the_end_of_the_worker_that_made_an_actor_ends_it() -> None:
     assert shoal.get(child.count.remote()) == 1
     shoal.kill(parent)
     with pytest.raises(ActorDiedError, match="process that created it is gone"):
-        while True:
-            shoal.get(child.count.remote())
+        call_until_dead(child.count)
     wait_until(lambda: not exists(child_pid), "the child's process to end")
+
+
+def test_an_actor_outlives_the_worker_that_made_it_and_had_no_more_to_do() -> None:
+    @shoal.remote(max_calls=1)
+    def make() -> Any:
+        return Actor.remote(), os.getpid()
+
+    actor, maker = shoal.get(make.remote())
+    wait_until(lambda: not exists(maker), "the worker to leave")
+    pid = shoal.get(actor.pid.remote())
+    del actor
+    wait_until(lambda: not exists(pid), "the actor to end with its last handle")
 
 
 def test_children_of_an_actor_end_with_it() -> None:
@@ -296,7 +316,7 @@ def test_children_of_an_actor_end_with_it() -> None:
     wait_until(lambda: not exists(pid), "the actor's own process to end")
 
 
-# --------------------------------------------------------------------------------------------------------------- resources
+# ------------------------------------------------------------------------------------------------------------ resources
 
 
 def free(name: str) -> float:
@@ -329,13 +349,13 @@ def test_actors_wait_their_turn_for_resources() -> None:
 
 
 def test_an_actor_gets_its_turn_while_tasks_flood_the_node() -> None:
-    """There are always more tasks than CPUs, so a node that is asked whether it is free says no for as long as they last."""
+    """There are always more tasks than CPUs: a node that is asked whether it is free says no as long as they last."""
 
     @shoal.remote
     def work() -> None:
         time.sleep(0.02)
 
-    flood = [work.remote() for _ in range(600)]  # 6 s on 2 CPUs
+    flood = [work.remote() for _ in range(400)]  # for some seconds
     shoal.wait(flood, num_returns=10)
     placed, held = Actor.remote(), Actor.options(num_cpus=1).remote()
     shoal.get([placed.pid.remote(), held.pid.remote()], timeout=20)
@@ -370,7 +390,7 @@ def test_the_driver_is_told_of_an_actor_that_no_node_can_take(caplog: pytest.Log
         shoal.get(call)
 
 
-# ---------------------------------------------------------------------------------------------------------- other drivers
+# -------------------------------------------------------------------------------------------------------- other drivers
 
 DRIVER = """
 import os, sys

@@ -95,8 +95,7 @@ class Async:
                 await asyncio.sleep(1000)
             finally:
                 await asyncio.sleep(0)
-                with open(self.trace, "a") as file:
-                    file.write("cleaned\n")
+                Path(self.trace).write_text("cleaned\n")  # noqa: ASYNC240
 
         self.task = asyncio.create_task(forever())
         return os.getpid()
@@ -253,7 +252,8 @@ def test_an_asyncio_driver_and_an_async_actor() -> None:
     assert asyncio.run(main()) == [0.01] * 200
 
 
-# --------------------------------------------------------------------------------------------------------------- threads
+# -------------------------------------------------------------------------------------------------------------- threads
+
 
 @shoal.remote(max_concurrency=4)
 class Threads:
@@ -325,6 +325,6 @@ def test_a_threaded_actor_that_was_never_called_ends_too(tmp_path: Path) -> None
             Path(self.path).write_text("ended")
 
     marks = Marks.remote(str(tmp_path / "mark"))
-    wait_until(lambda: (tmp_path / "mark").exists(), "the constructor")
+    wait_until((tmp_path / "mark").exists, "the constructor")
     del marks
     wait_until(lambda: (tmp_path / "mark").read_text() == "ended", "the end")

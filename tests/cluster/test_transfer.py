@@ -58,10 +58,10 @@ def expected(size: int, seed: int = 0) -> str:
 
 class Pair:
     def __init__(self) -> None:
-        self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 300 * MIB}
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 300 * MIB})
+        self.left = self.cluster.add_node(
+            num_cpus=2, resources={"left": 100}, object_store_memory=200 * MIB, log_level="debug"
         )
-        self.left = self.cluster.add_node(num_cpus=2, resources={"left": 100}, object_store_memory=200 * MIB)
         self.right = self.cluster.add_node(num_cpus=2, resources={"right": 100}, object_store_memory=200 * MIB)
         self.cluster.connect()
         assert self.cluster.head_node is not None

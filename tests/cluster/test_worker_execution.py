@@ -31,7 +31,7 @@ def comm(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------- context
+# -------------------------------------------------------------------------------------------------------------- context
 
 
 def test_the_context_of_a_task() -> None:
@@ -133,7 +133,7 @@ def test_nesting_of_calls_reaches_tasks_and_actors() -> None:
     assert shoal.get(Deep.remote().depth.remote()) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------- output
+# --------------------------------------------------------------------------------------------------------------- output
 
 
 def test_output_bears_the_name_of_who_prints(capfd: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +176,7 @@ def test_output_bears_the_name_of_who_prints(capfd: pytest.CaptureFixture[str]) 
     assert any(line.startswith("(Named(7) pid=") and "to stderr" in line for line in lines), seen
 
 
-# ------------------------------------------------------------------------------------------------------------- environment
+# ---------------------------------------------------------------------------------------------------------- environment
 
 
 def test_environment_variables_of_a_call_stay_with_it() -> None:
@@ -226,7 +226,7 @@ def test_a_worker_is_a_whole_python_program(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------------- their end
+# ------------------------------------------------------------------------------------------------------------ their end
 
 
 def test_sys_exit_and_crashes_in_tasks() -> None:
@@ -284,6 +284,26 @@ def test_max_calls_ends_a_worker_after_so_many() -> None:
 
     pids = [shoal.get(pid.remote()) for _ in range(6)]
     assert max(pids.count(one) for one in pids) <= 2
+
+
+def test_a_worker_that_leaves_after_a_call_is_missed_by_nobody() -> None:
+    """Neither by the owner of its result, nor by those whose references it borrowed or gave, nor by an actor that might
+    have been given this worker."""
+
+    @shoal.remote(max_calls=1)
+    def use(refs: list[Any]) -> list[Any]:
+        return [shoal.put(shoal.get(refs[0]) + 1), os.getpid()]
+
+    @shoal.remote
+    class Actor:
+        def pid(self) -> int:
+            return os.getpid()
+
+    for number in range(10):
+        result, pid = shoal.get(use.remote([shoal.put(number)]))
+        actor = Actor.remote()
+        assert shoal.get(actor.pid.remote()) != pid
+        assert shoal.get(result) == number + 1
 
 
 def test_several_callers_of_one_actor_all_hear_their_results() -> None:

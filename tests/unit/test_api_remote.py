@@ -530,7 +530,9 @@ def test_context(runtime: FakeRuntime) -> None:
 def test_context_in_an_actor(runtime: FakeRuntime) -> None:
     counter = Counter.remote()
     assert shoal.get(counter.who.remote()) == counter._actor_id.hex()
-    with runtime.inside(ContextData(JOB, NODE, b"w", actor_id=counter._actor_id, restarts=1)):
+    packed = counter._shoal_class.packed
+    data = ContextData(JOB, NODE, b"w", actor_id=counter._actor_id, restarts=1, actor_handle=packed)
+    with runtime.inside(data):
         context = shoal.get_runtime_context()
         assert context.current_actor == counter
         assert context.was_current_actor_reconstructed

@@ -50,12 +50,7 @@ class World:
 
     def happen(self, what: str, lot: random.Random) -> None:
         cluster = self.cluster
-        for agent in list(cluster.agents.values()):
-            if (
-                cluster.state._nodes.at(agent.peer) is None
-            ):  # given up by control, because nothing was delivered for long
-                self.forget(agent)
-                cluster.kill_node(agent)
+        self.drop_given_up()
         agents = list(cluster.agents.values())
         agent = lot.choice(agents) if agents else None
         process = lot.choice(self.processes) if self.processes else None
@@ -111,6 +106,13 @@ class World:
                 process.die()
                 self.processes.remove(process)
 
+    def drop_given_up(self) -> None:
+        """Nodes that control takes for dead, because nothing was delivered for long, end."""
+        for agent in list(self.cluster.agents.values()):
+            if self.cluster.state._nodes.at(agent.peer) is None:
+                self.forget(agent)
+                self.cluster.kill_node(agent)
+
     def create(self, process: SimProcess, lot: random.Random) -> None:
         cluster = self.cluster
         strategy = Strategy()
@@ -135,6 +137,7 @@ class World:
 
     def heal(self) -> None:
         """Time for every message, timeout, restart and report."""
+        self.drop_given_up()
         for agent in self.cluster.agents.values():
             agent.available = agent.held_less_than_total()
         self.cluster.advance(30)

@@ -1,10 +1,10 @@
 """Reference counting across nodes: cases with a name, and a small cluster in which every connection has its own pace.
 
-The cluster has real directories and processes that keep the runtime's rules: who submits a call keeps its arguments until
-the reply; a reply waits until the refs that the call borrowed are counted; who returned refs keeps them until its caller
-has counted them; the end of a use is told only when the uses begun before it are counted. All messages wait in line, one
-line for each connection and direction, and hypothesis picks whose head arrives next. What must hold is said by plain
-reachability: nothing is given up that somebody can still reach, and everything is gone when nobody can.
+The cluster has real directories and processes that keep the runtime's rules: who submits a call keeps its arguments
+until the reply; a reply waits until the refs that the call borrowed are counted; who returned refs keeps them until its
+caller has counted them; the end of a use is told only when the uses begun before it are counted. All messages wait in
+line, one line for each connection and direction, and hypothesis picks whose head arrives next. What must hold is said
+by plain reachability: nothing is given up that somebody can still reach, and everything is gone when nobody can.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def test_what_a_dead_owner_owed_is_lost_and_what_it_finished_lives_on(desk: Desk
     desk.kill(OWNER)
     assert desk.state(ready) == ObjectState(INLINE, b"v")
     lost = desk.state(pending)
-    assert lost is not None and lost.state == LOST and lost.payload.startswith(b"owner:")
+    assert lost is not None
+    assert lost.state == LOST
+    assert lost.payload.startswith(b"owner:")
     assert (desk.state(an_id(counter=9)) or ObjectState(PENDING)).state == LOST, "what it never spoke of"
     assert len(directory) == 2
     for object_id in (ready, pending):
@@ -192,7 +194,9 @@ def test_a_node_that_dies_before_it_reports_its_copy_is_not_waited_for(desk: Des
         desk.gone.add(THERE)
         desk.directory.node_gone(THERE)
     state = desk.state(result)
-    assert state is not None and state.state == LOST and state.payload.startswith(b"node:")
+    assert state is not None
+    assert state.state == LOST
+    assert state.payload.startswith(b"node:")
 
 
 def test_a_copy_that_is_reported_after_everybody_dropped_the_object_is_told_to_go(desk: Desk) -> None:
@@ -222,7 +226,8 @@ def test_another_copy_serves_when_one_is_gone_and_the_last_one_is_missed(desk: D
     assert desk.state(X) == ObjectState(STORED, b"", 5, [THERE])
     directory.node_gone(THERE)
     state = desk.state(X)
-    assert state is not None and state.state == LOST
+    assert state is not None
+    assert state.state == LOST
     directory.copy_made(X, ELSEWHERE, 5, b"", [])  # its word was on the way
     assert desk.state(X) == ObjectState(STORED, b"", 5, [ELSEWHERE])
 
@@ -499,7 +504,7 @@ class Node(Effects):
         self.copies: set[bytes] = set()
         self.directory = Directory(node_id, self, self.living.__contains__, self.gone.__contains__)
         self.rids = itertools.count(1)
-        self.telling: dict[bytes, list[tuple[int, list[tuple[bytes, int]]]]] = {}  # object -> (rid, who is to be answered)
+        self.telling: dict[bytes, list[tuple[int, list[tuple[bytes, int]]]]] = {}  # object -> (rid, who is answered)
 
     def delete_copy(self, node_id: bytes, object_id: bytes) -> None:
         if node_id == self.node_id:
@@ -636,7 +641,8 @@ class Cluster(RuleBasedStateMachine):
             self.procs[receiver].heard(sender, message)
         given_up = before - self.owned_entries()
         unjust = (given_up & self.reachable()) - self.excused
-        assert not unjust, f"{[o.hex() for o in unjust]} was given up while somebody refers to it, after {line} {message}"
+        names = [object_id.hex() for object_id in unjust]
+        assert not unjust, f"{names} was given up while somebody refers to it, after {line} {message}"
 
     def owned_entries(self) -> set[bytes]:
         return {
@@ -788,7 +794,9 @@ class Cluster(RuleBasedStateMachine):
                 node.directory.check_invariants()
                 left = {object_id.hex(): vars_of(entry) for object_id, entry in node.directory.entries()}
                 assert not left, f"nobody refers to it, and its entry is still here: {left}"
-                assert not node.directory._uses and not node.directory._held and not node.directory._awaited
+                assert not node.directory._uses
+                assert not node.directory._held
+                assert not node.directory._awaited
                 assert not node.copies, "nobody refers to it, and a copy is still here"
 
     def settle(self, held: Collection[Line] = ()) -> None:
@@ -804,11 +812,12 @@ class Cluster(RuleBasedStateMachine):
                 assert any(object_id in self.nodes[node_id].copies for node_id in entry.nodes), object_id.hex()
             if entry is None:
                 holders = [p for p in self.procs.values() for ref in proc_refs(p) if ref.object_id == object_id]
-                assert all(p.known.get(object_id) is None or p.known[object_id].owned for p in holders), object_id.hex()
+                known = [p.known[object_id] for p in holders if object_id in p.known]
+                assert all(ref.owned for ref in known), object_id.hex()
 
 
 def proc_refs(proc: Proc) -> list[Ref]:
-    """Everything that the process's variables, calls under way and results on their way hold, and what hangs on that."""
+    """All that the process's variables, calls under way and results on their way hold, and what hangs on that."""
     refs = [*proc.mine, *(ref for kept in proc.handover.values() for ref in kept)]
     for run in proc.runs.values():
         refs += [run.result, *run.keep]

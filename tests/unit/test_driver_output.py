@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 
 from shoal.control.messages import LogLines
 from shoal.runtime import driver_output
-from shoal.runtime.driver_output import Deduplicator, DriverOutput, OutputSettings, Shown, Source, prefix_of
+from shoal.runtime.driver_output import (
+    Deduplicator,
+    DriverOutput,
+    OutputSettings,
+    Shown,
+    Source,
+    prefix_of,
+    whole_lines,
+)
 
 A = Source("task", 1, "10.0.0.1", "out")
 B = Source("task", 2, "10.0.0.1", "out")
@@ -267,3 +276,26 @@ def test_a_terminal_that_takes_nothing_blocks_nobody(monkeypatch: pytest.MonkeyP
     output._thread.join(5.0)
     assert screen.getvalue().splitlines() == ["(f pid=7) first", *(f"(f pid=7) later {n}" for n in (7, 8, 9))]
     assert "[7 lines of workers dropped" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
+@given(st.lists(st.binary(max_size=30), max_size=30), st.integers(1, 40))
+def test_text_is_cut_after_line_ends_only(lines: list[bytes], most: int) -> None:
+    lines = [line.replace(b"\n", b"") + b"\n" for line in lines]
+    pieces = list(whole_lines(b"".join(lines), most))
+    assert b"".join(pieces) == b"".join(lines)
+    assert all(piece.endswith(b"\n") for piece in pieces)
+    assert all(len(piece) <= most or piece.count(b"\n") == 1 for piece in pieces)
+
+
+def test_two_threads_lose_no_text_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user prints while lines of workers are shown, on a stream that is buffered as stdout is."""
+    with open(tmp_path / "out", "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        output = DriverOutput("1.1.1.1", OutputSettings(dedup=False))
+        for number in range(300):
+            output.show([LogLines(b"", b"", "1.1.1.1", 5, "f", "out", [f"{number} " + "y" * 3000])])
+            sys.stdout.write(f"mine {number}\n")
+        output.close(10.0)
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("mine")] == [str(number) for number in range(300)]
+    assert len([line for line in lines if line.startswith("(f pid=5)")]) == 300

@@ -88,8 +88,8 @@ def test_no_interrupt_is_swallowed() -> None:
         things: list[Any] = [Thing() for _ in range(20_000)]
         kept = [uses.follow(thing, b"key") for thing in things]
         timer = threading.Timer(0.001, signal.raise_signal, [signal.SIGINT])
-        timer.start()
         try:
+            timer.start()
             while True:
                 if things:
                     things.pop()

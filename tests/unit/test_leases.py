@@ -164,6 +164,21 @@ def test_a_class_may_change_its_spec() -> None:
     assert node.served() == [b"a"]
 
 
+def test_a_class_that_only_gets_another_name_keeps_its_place_in_the_line() -> None:
+    node = Node(CPU=1)
+    node.want(b"a", 1, spec(name="first"))
+    node.decide()
+    node.want(b"b", 1, spec(name="f"))
+    node.want(b"c", 1, spec(name="g"))
+    node.decide()
+    node.want(b"b", 1, spec(name="renamed"))
+    assert {report.name for report in node.scheduler.demand_reports(node.now)} == {"renamed", "g"}
+    node.release_one(b"a")
+    node.want(b"a", 0)
+    assert node.served() == [b"b"]
+    node.scheduler.check_invariants()
+
+
 def test_mistakes() -> None:
     node = Node(CPU=1)
     with pytest.raises(ValueError, match="-1"):

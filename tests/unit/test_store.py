@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ class Desk:
         self.store = Store(capacity, self._evicted)
 
     def _evicted(self, object_id: bytes, copy: Copy) -> None:
-        assert not copy.pins and not copy.primary
+        assert not copy.pins
+        assert not copy.primary
         self.evicted.append(object_id)
 
     def ask(self, process: bytes, size: int, now: float = 0.0) -> list[int | StoreFullError]:
@@ -263,7 +265,7 @@ class StoreMachine(RuleBasedStateMachine):
         stretches = [(offset, size) for (_, offset), size in self.unsealed.items()]
         stretches += [(copy.offset, copy.size) for copy in self.desk.store._copies.values()]
         stretches.sort()
-        for (start, size), (following, _) in zip(stretches, stretches[1:], strict=False):
+        for (start, size), (following, _) in itertools.pairwise(stretches):
             assert start + max(size, 1) <= following
 
     def teardown(self) -> None:
