@@ -1,12 +1,12 @@
 """One machine's part in the cluster: its processes, resources, store, and the agent that speaks for them.
 
-Owned here: workers, leases, the arena's contents, the directory of objects whose home this node is, logs, the TCP port.
-Who asks: drivers and workers of the node, owners elsewhere, other agents (`messages.py`), the command line (`launch.py`).
-It asks: control (`shoal.control.messages`). No process of this room runs user code; workers belong to `shoal.runtime`.
+Owned here: workers, leases, the arena's contents, the directory of objects that have their home here, logs, the port.
+Who asks: drivers and workers of the node, owners elsewhere, other agents (`messages.py`), the CLI (`launch.py`).
+It asks: control (`shoal.control.messages`). No process of this room runs user code; that is `shoal.runtime`'s.
 
     processes   launch, supervisor, zygote, processes, settings
     the agent   agent (connections, dispatch), cluster_link, peers
-    leases      leases, lease_queue, resource_books, cluster_view, starting: pure;   lease_service, workers, actors: shells
+    leases      leases, lease_queue, resource_books, cluster_view, starting: pure;  lease_service, workers, actors: shells
     objects     directory, store: pure;   object_manager, transfer: shells
     logs        logs
 """

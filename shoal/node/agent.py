@@ -2,8 +2,8 @@
 
 It wires together what this room knows: leases (`LeaseService`), workers (`WorkerPool`), actors (`ActorHost`), objects
 (`ObjectManager`), logs, and three kinds of connections: the processes of this node and owners from elsewhere
-(`FromProcess`), other agents (`BetweenAgents`), and control (`ClusterLink`). It owns the node's one TCP port and hands connections that are meant for a worker or for
-control to those processes.
+(`FromProcess`), other agents (`BetweenAgents`), and control (`ClusterLink`). It owns the node's one TCP port and hands
+connections that are meant for a worker or for control to those processes.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ class Directory:
             self._free_if_unused(object_id)
 
     def watch(self, object_id: bytes, key: WaiterKey, answer: Answer) -> None:
-        """Call `answer` with the state once it is not PENDING: now, or later unless `unwatch` with `key` comes first."""
+        """Call `answer` with the state once it is not PENDING: now, or later unless `unwatch` comes first."""
         entry = self._entries.get(object_id)
         if entry is None:
             if object_id in self._dropped or self._never_comes(object_id):

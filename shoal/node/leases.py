@@ -156,8 +156,8 @@ class LeaseScheduler:
         """`owner` wants `wanted` leases of its class in all, those it has included. Replaces what it said before.
 
         Args:
-            spec: given with the first demand of a class and when its name changes, and remembered for the owner's life (beyond
-                `MAX_REMEMBERED_SPECS` classes that want nothing now, the oldest are forgotten).
+            spec: given with the first demand of a class and when its name changes, and remembered for the owner's life
+                (beyond `MAX_REMEMBERED_SPECS` classes that want nothing now, the oldest are forgotten).
             redirected: another agent sent the owner here; what cannot be served waits here.
         Raises:
             KeyError: a positive demand of a class whose spec is not known.

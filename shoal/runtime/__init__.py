@@ -1,6 +1,7 @@
 """A process's part in the cluster: submitting calls, owning what comes of them, and running calls for others.
 
-Owned here: the states of objects that this process made or borrowed, the calls on their way, the leases and actors it uses.
+Owned here: the states of objects that this process made or borrowed, the calls on their way, the leases and actors it
+uses.
 Who asks: `shoal.api`, through the `Runtime` protocol (`interface.py`) and the one `slot.py`.
 It asks: this node's agent (`shoal.node.messages`), control through it (`shoal.control.messages`), and workers directly
 (`messages.py`).

@@ -213,7 +213,7 @@ def test_sys_exit_ends_it_and_only_zero_was_meant() -> None:
 
 
 def test_sys_exit_with_a_text_says_it() -> None:
-    with pytest.raises(ActorDiedError, match="(?s)exit code 1.*enough for today"):
+    with pytest.raises(ActorDiedError, match=r"(?s)exit code 1.*enough for today"):
         shoal.get(Actor.remote().sys_exit.remote("enough for today"))
 
 

@@ -108,7 +108,8 @@ def test_every_source_in_a_worker_is_shown_with_its_name(home: Home) -> None:
         shoal.get([bear.growl.remote(), wolf.howl.remote()])
     """)
     expected = [
-        "a line 1 and more", "of a thread", "of a child", "of a shell", "of a file descriptor", "of C", "without an end",
+        "a line 1 and more", "of a thread", "of a child", "of a shell", "of a file descriptor", "of C",
+        "without an end",
     ]  # fmt: skip
     out = without_pids(out)
     assert [line for line in out if line.startswith("(speak ")] == [f"(speak pid=N) {text}" for text in expected]
