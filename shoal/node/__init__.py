@@ -6,7 +6,7 @@ It asks: control (`shoal.control.messages`). No process of this room runs user c
 
     processes   launch, supervisor, zygote, processes, settings
     the agent   agent (connections, dispatch), cluster_link, peers
-    leases      leases, lease_queue, resource_books, cluster_view, starting: pure;  lease_service, workers, actors: shells
-    objects     directory, store: pure;   object_manager, transfer: shells
+    leases      pure: leases, lease_queue, resource_books, cluster_view, starting; shells: lease_service, workers, actors
+    objects     directory, store: pure;  object_manager, transfer: shells
     logs        logs
 """
