@@ -88,7 +88,7 @@ class ObjectManager(Effects):
         self.directory = Directory(node_id, self, alive, peers.is_gone)
         self.store = Store(capacity, self._evicted)
         self._pulls: dict[bytes, _Pull] = {}
-        self._resolves: dict[tuple[bytes, int], asyncio.Task[None]] = {}
+        self._resolves: dict[tuple[bytes, int], Callable[[], object]] = {}  # (process, rid) -> how to withdraw it
         self._telling: dict[bytes, asyncio.Future[Any]] = {}  # first uses that their home has not counted yet
         self._watches = itertools.count()
         self._news: asyncio.Future[None] = self._loop.create_future()  # done when the next node is gone
@@ -137,16 +137,52 @@ class ObjectManager(Effects):
         copy = self.store.find(message.object_id) if message.fetch else None
         if copy is not None:
             self._answer_copy(process, connection, message, copy)
-            return
-        key = (process, message.rid)
-        task = self._loop.create_task(self._resolve(process, connection, message), name="resolve")
-        self._resolves[key] = task
-        task.add_done_callback(lambda _: self._resolves.pop(key, None))
+        elif message.fetch:
+            self._resolve_in_a_task(process, connection, message)
+        elif message.home == self._node:
+            self._resolve_here(process, connection, message)
+        else:
+            self._resolve_there(process, connection, message)
 
     def cancel_resolve(self, process: bytes, message: CancelResolve) -> None:
-        task = self._resolves.pop((process, message.request), None)
-        if task is not None:
-            task.cancel()
+        withdraw = self._resolves.pop((process, message.request), None)
+        if withdraw is not None:
+            withdraw()
+
+    def _resolve_here(self, process: bytes, connection: Connection, message: Resolve) -> None:
+        """The state alone, of an object of this home. Without a task: a process may ask for very many at once."""
+        watch = (self._node, next(self._watches))
+        key = (process, message.rid)
+        self._resolves[key] = partial(self.directory.unwatch, message.object_id, watch)
+
+        def answer(state: ObjectState) -> None:
+            del self._resolves[key]
+            connection.reply(message, Resolved(object_id=message.object_id, state=state))
+
+        self.directory.watch(message.object_id, watch, answer)
+
+    def _resolve_there(self, process: bytes, connection: Connection, message: Resolve) -> None:
+        """As `_resolve_here`, for an object of another home."""
+        key = (process, message.rid)
+        asked = self._peers.start_request(message.home, AskState(object_id=message.object_id))
+        self._resolves[key] = asked.cancel
+
+        def answered(done: asyncio.Future[Any]) -> None:
+            self._resolves.pop(key, None)
+            if done.cancelled():
+                return
+            if done.exception() is not None:
+                self._resolve_in_a_task(process, connection, message)  # which tries again where that makes sense
+            else:
+                connection.reply(message, Resolved(object_id=message.object_id, state=done.result().state))
+
+        asked.add_done_callback(answered)
+
+    def _resolve_in_a_task(self, process: bytes, connection: Connection, message: Resolve) -> None:
+        key = (process, message.rid)
+        task = self._loop.create_task(self._resolve(process, connection, message), name="resolve")
+        self._resolves[key] = task.cancel
+        task.add_done_callback(lambda _: self._resolves.pop(key, None))
 
     def _answer_copy(self, process: bytes, connection: Connection, message: Resolve, copy: Copy) -> None:
         self.store.pin(message.object_id, process)
@@ -296,7 +332,7 @@ class ObjectManager(Effects):
 
     def process_gone(self, process: bytes) -> None:
         for key in [key for key in self._resolves if key[0] == process]:
-            self._resolves.pop(key).cancel()
+            self._resolves.pop(key)()
         self.store.process_gone(process)
         self.directory.process_gone(process)
 

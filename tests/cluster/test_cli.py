@@ -189,14 +189,14 @@ def test_the_picture_for_people_says_the_same(home: Home) -> None:
 def test_every_node_of_the_cluster_can_be_asked_from_its_machine(home: Home) -> None:
     near, far = home.near["address"], home.far["address"]
     port = home.head["address"].rpartition(":")[2]
+    cluster_id = home.here.status()["cluster_id"]
     for machine, words in (
         (home.here, [f"--address={near}"]),
         (home.here, [f"--address=localhost:{port}"]),
         (home.there, []),
         (home.there, [f"--address={far}"]),
-        (home.there, [f"--address={home.head['address']}"]),
     ):
-        assert machine.status(*words)["cluster_id"] == home.here.status()["cluster_id"]
+        assert machine.status(*words)["cluster_id"] == cluster_id
     assert len(home.here.status(SHOAL_ADDRESS=home.head["address"])["nodes"]) == 3
 
 
@@ -437,13 +437,10 @@ def test_a_wrong_token_is_one_line(home: Home, machine: Machine, tmp_path: Path)
     token_file = tmp_path / "token"
     token_file.write_text(TOKEN)
     token_file.chmod(0o644)
-    for call in (
-        ["start", "--head", "--port=0"],
-        ["start", f"--address={address}"],
-        ["status", f"--address={address}"],
-    ):
-        assert "chmod 600" in refused(machine.run(*call, SHOAL_TOKEN_FILE=str(token_file)))
-        assert "cannot read the token file" in refused(machine.run(*call, SHOAL_TOKEN_FILE="/nowhere/token"))
+    call = ["start", "--head", "--port=0"]
+    assert "chmod 600" in refused(machine.run(*call, SHOAL_TOKEN_FILE=str(token_file)))
+    call = ["status", f"--address={address}"]
+    assert "cannot read the token file" in refused(machine.run(*call, SHOAL_TOKEN_FILE="/nowhere/token"))
     done = machine.python(f"import shoal; shoal.init({address!r})")
     assert done.returncode == 1
     assert f"shoal start --address={address}" in done.stderr.splitlines()[-1]
@@ -476,9 +473,8 @@ def test_a_folder_that_cannot_be_used_is_one_line(machine: Machine, tmp_path: Pa
     open_folder = tmp_path / "open"
     open_folder.mkdir()
     open_folder.chmod(0o777)
-    for folder in (file, open_folder):
-        for command in (["start", "--head", "--port=0"], ["status"], ["stop"]):
-            assert str(folder) in refused(machine.run(*command, f"--temp-dir={folder}"))
+    for folder, command in ((file, ["start", "--head", "--port=0"]), (open_folder, ["status"]), (file, ["stop"])):
+        assert str(folder) in refused(machine.run(*command, f"--temp-dir={folder}"))
 
 
 # --------------------------------------------------------------------------------------------------- start and stop
@@ -604,8 +600,7 @@ def test_a_foreground_node_whose_process_dies_says_so(machine: Machine) -> None:
     assert err.startswith("shoal: the node ended by itself")
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.12, 0.2, 0.3])
-@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize(("after_s", "block"), [(0.05, False), (0.12, True), (0.2, False), (0.25, True), (0.3, False)])
 def test_an_interrupt_at_any_moment_of_a_start_leaves_nothing_half_done(
     machine: Machine, after_s: float, block: bool
 ) -> None:
