@@ -3,8 +3,8 @@
 Room goes through these hands: allocated (belongs to a process until sealed or released) -> sealed (an immutable copy of
 an object) -> free. A sealed copy is pinned while some process of this node reads it; deleting a pinned copy dooms it,
 and its room returns with the last pin. A second copy, pulled from elsewhere, may be evicted when it is not pinned: its
-home can name another. When nothing can be evicted, creators queue in the order they came, and are served as room
-returns.
+home can name another. When nothing can be evicted, creators queue in the order they came, and are served as room comes
+back.
 """
 
 from __future__ import annotations

@@ -163,6 +163,8 @@ class ActorInstance:
                 return lambda function, *args, **kwargs: function(self.instance, *args, **kwargs)
             case "__ray_terminate__" | "__shoal_terminate__":
                 return self.leave
+        if self.instance is None:
+            raise ActorExit  # it has left, and this is another thread: its end is the answer
         found: Callable[..., Any] = getattr(self.instance, name)
         return found
 

@@ -92,7 +92,8 @@ def start_children_and_hang(folder: str) -> None:
     plain = subprocess.Popen(["sleep", "3600"])
     subprocess.Popen(["sh", "-c", "sleep 3600 & exec sleep 3601"])
     detached = subprocess.Popen(["sleep", "3602"], start_new_session=True)
-    Path(folder, "children").write_text(f"{plain.pid} {detached.pid}")
+    Path(folder, "being-written").write_text(f"{plain.pid} {detached.pid}")
+    Path(folder, "being-written").rename(Path(folder, "children"))
     time.sleep(3600)
 
 
@@ -348,7 +349,10 @@ class Actor:
 @shoal.remote(num_cpus=0)
 def nap(folder):
     child = subprocess.Popen(["sleep", "3600"])
-    open(os.path.join(folder, f"nap-{os.getpid()}"), "w").write(str(child.pid))
+    name = os.path.join(folder, f"nap-{os.getpid()}")
+    with open(name + ".tmp", "w") as file:
+        file.write(str(child.pid))
+    os.rename(name + ".tmp", name)
     time.sleep(3600)
 
 shoal.init(address=sys.argv[1])
@@ -358,7 +362,7 @@ kept = Actor.options(name="kept", lifetime="detached", namespace="survivors").re
 pids = shoal.get([actor.pid.remote() for actor in [*actors, kept]])
 naps = [nap.options(resources={side: 0.1}).remote(sys.argv[2]) for side in ("left", "right")]
 stored = [shoal.put([held]) for _ in range(10)]
-while len([name for name in os.listdir(sys.argv[2]) if name.startswith("nap-")]) < 2:
+while len([name for name in os.listdir(sys.argv[2]) if name.startswith("nap-") and "." not in name]) < 2:
     time.sleep(0.01)
 print(*pids, flush=True)
 time.sleep(3600)
