@@ -267,7 +267,8 @@ class Waiting(References):
             raise exceptions.GetTimeoutError(text)
         for ref in left:
             if ref.state in (ERROR, LOST):
-                for other in left:
+                for other in left:  # they were asked for as well, also those that have not ended yet
+                    other.watched = other.watched or other.owned
                     self.seen(other)
                 raise self.error_of(ref)
             if waiter.problems and ref.binary() in waiter.problems:
