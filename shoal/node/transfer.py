@@ -5,9 +5,9 @@ pause; the source answers with a header and the raw bytes, straight from its are
 the other. Both ends work on threads (the kernel calls hold no GIL) and ask the agent's loop only to pin and unpin. A
 pull that loses its source goes on at the same byte from the next one.
 
-Measured between two processes over loopback, 1 GiB, 2 cores: `send` in pieces of 1 MiB moves 2.9 GB/s, the same with
-`recv` of whatever has come rather than `MSG_WAITALL` 2.7, `sendfile` 1.7 (it goes page by page), and a bare copy from
-one process's memory to another's 3.3.
+Measured over loopback with 1 GiB between two processes on 2 cores, in GB/s: `send` and `recv` in pieces of 1 MiB 5.1;
+the same with `MSG_WAITALL` for a whole chunk 4.4; `sendall` of everything at once 3.6; `sendfile`, which goes page by
+page, 2.7. From arena to arena this module moves 4.6, and 1.3 into cold pages, as a bare copy does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
 import msgspec
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES: Final = 16 << 20
 AHEAD: Final = 2
 PIECE_BYTES: Final = 1 << 20
-"""What is sent with one call: it stays in the processor's cache until the other side has it."""
+"""What is sent or received with one call: it stays in the processor's cache until the other side has it."""
 MAX_STREAMS: Final = 8
 """Pulls at once, and sends at once, per node: more only divide the same line and memory bandwidth."""
 STALL_S: Final = 15.0
@@ -110,11 +110,24 @@ class TransferServer:
         self._sockets.add(sock)
         threading.Thread(target=self._run, args=(sock,), name="shoal-transfer", daemon=True).start()
 
-    def _on_loop(self, call: Callable[..., Any], *args: Any) -> Any:
-        async def run() -> Any:
-            return call(*args)
+    def _pin_on_loop(self, object_id: bytes) -> tuple[int, int] | None:
+        answer: Future[tuple[int, int] | None] = Future()
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+        def pin() -> None:
+            try:
+                answer.set_result(self._pin(object_id))
+            except Exception as exc:  # noqa: BLE001 - raised where it is waited for, else the thread would wait for ever
+                answer.set_exception(exc)
+
+        try:
+            self._loop.call_soon_threadsafe(pin)
+        except RuntimeError as exc:
+            raise ConnectionAbortedError("this node has ended") from exc
+        return answer.result()
+
+    def _unpin_on_loop(self, object_id: bytes) -> None:
+        with contextlib.suppress(RuntimeError):  # the node has ended, and its books with it
+            self._loop.call_soon_threadsafe(self._unpin, object_id)
 
     def _run(self, sock: socket.socket) -> None:
         pinned: tuple[bytes, int, int] | None = None
@@ -124,9 +137,9 @@ class TransferServer:
                 request = _read_message(sock)
                 if pinned is None or pinned[0] != request.object_id:
                     if pinned is not None:
-                        self._on_loop(self._unpin, pinned[0])
+                        self._unpin_on_loop(pinned[0])
                         pinned = None
-                    found = self._on_loop(self._pin, request.object_id)
+                    found = self._pin_on_loop(request.object_id)
                     pinned = (request.object_id, *found) if found is not None else None
                 if pinned is None or not 0 <= request.start <= request.start + request.length <= pinned[2]:
                     _send(sock, ChunkHeader(request.object_id, request.start, -1))
@@ -135,15 +148,15 @@ class TransferServer:
                     _send(sock, ChunkHeader(request.object_id, request.start, request.length))
                     self._send_bytes(sock, pinned[1] + request.start, request.length)
                 if request.start + request.length == pinned[2]:
-                    self._on_loop(self._unpin, pinned[0])
+                    self._unpin_on_loop(pinned[0])
                     pinned = None
         except (OSError, FrameError, ValueError, RecursionError) as exc:
             logger.debug("a transfer connection ended: %s", exc)
         finally:
             sock.close()
             self._sockets.discard(sock)
-            if pinned is not None and not self._loop.is_closed():
-                self._on_loop(self._unpin, pinned[0])
+            if pinned is not None:
+                self._unpin_on_loop(pinned[0])
 
     def _send_bytes(self, sock: socket.socket, offset: int, length: int) -> None:
         view = self._arena.view(offset, length)
@@ -241,7 +254,7 @@ class Puller:
     def _receive(self, sock: socket.socket, target: memoryview, progress: list[int]) -> None:
         got = 0
         while got < len(target):
-            count = sock.recv_into(target[got:], 0, socket.MSG_WAITALL)
+            count = sock.recv_into(target[got : got + PIECE_BYTES])
             if not count:
                 raise ConnectionResetError("the source closed the connection")
             got += count

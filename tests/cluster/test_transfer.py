@@ -68,6 +68,13 @@ class Pair:
         self.head = self.cluster.head_node
 
 
+@shoal.remote
+def is_at_home(refs: list[Any]) -> bool:
+    """Asks the home, since this is a borrower: true once a copy was reported there."""
+    ready, _ = shoal.wait(refs, timeout=20, fetch_local=False)
+    return bool(ready)
+
+
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
     made = Pair()
@@ -224,8 +231,11 @@ def test_another_copy_serves_when_the_source_is_killed_amid_the_transfer(pair: P
 def test_a_clear_error_when_the_only_source_is_killed_amid_the_transfer(pair: Pair, disposable: Node) -> None:
     ref = make.options(resources=GONE).remote(190 * MIB)
     shoal.wait([ref], timeout=40, fetch_local=False)
+    # The owner may know of the result before its home has heard of the copy, and without that no transfer begins.
+    assert shoal.get(is_at_home.options(resources=LEFT).remote([ref]), timeout=20)
+    os.kill(agent_of(disposable), signal.SIGSTOP)  # else the transfer may be over before the kill
     result = digest.options(resources=LEFT).remote(ref)
-    wait_until(lambda: used()[pair.left.node_id] > 0, 10)  # room was made: the bytes flow
+    assert wait_until(lambda: used()[pair.left.node_id] > 0, 10), "room was made"
     pair.cluster.remove_node(disposable, allow_graceful=False)
     begin = time.monotonic()
     with pytest.raises(ObjectLostError, match=disposable.node_id[:12]):
@@ -236,7 +246,7 @@ def test_a_clear_error_when_the_only_source_is_killed_amid_the_transfer(pair: Pa
 def test_a_source_that_is_stopped_is_given_up_when_its_node_is_declared_dead(pair: Pair, disposable: Node) -> None:
     ref = make.options(resources=GONE).remote(100 * MIB)
     shoal.wait([ref], timeout=40, fetch_local=False)
-    agent = next(pid for pid, name in below(disposable.pid) if name == "shoal::agent")
+    agent = agent_of(disposable)
     os.kill(agent, signal.SIGSTOP)
     result = digest.options(resources=LEFT).remote(ref)
     ready, _ = shoal.wait([result], timeout=0.5)
@@ -244,6 +254,10 @@ def test_a_source_that_is_stopped_is_given_up_when_its_node_is_declared_dead(pai
     os.kill(agent, signal.SIGKILL)
     with pytest.raises(ObjectLostError):
         shoal.get(result, timeout=20)
+
+
+def agent_of(node: Node) -> int:
+    return next(pid for pid, name in below(node.pid) if name == "shoal::agent")
 
 
 def below(supervisor: int) -> list[tuple[int, str]]:
