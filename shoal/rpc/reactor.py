@@ -4,6 +4,11 @@ All state of a runtime belongs to this thread. Other threads enter by one door, 
 deque and, only when the reactor is asleep, one write to an eventfd. So a Ctrl-C in user code can never cut a protocol
 step in two, a burst of calls from user code is answered in one batch, and no lock is held by two threads for long.
 
+A hand-over between threads costs more than all of our work on a call, since it wakes a sleeper on another core. So a
+thread that would only wait for what the reactor brings takes its place for a moment (`lead`): it runs the rounds
+itself, with signal handlers held off, and the reactor's own thread stands by. When the moment was too short, or the
+user's code goes on for longer than `STAND_BY_S`, that thread is back. "The reactor's thread" is whoever leads.
+
 Why not asyncio: importing and running it costs every driver and worker ~50 ms and several MB, and the user's own event
 loop must not be ours. Rejected too: sending from the user's thread (saves ~5 us of a 60 us round trip, costs a lock on
 every send and makes Ctrl-C unsafe).
@@ -29,6 +34,7 @@ import msgspec
 from shoal.exceptions import AuthenticationError, ClusterConnectionError, ShoalError
 from shoal.rpc.auth import Admit, ClientHandshake, ServerHandshake, handshake_decoder
 from shoal.rpc.frames import FrameError, FrameReader, check_size, decode_frame, encode_message, join_frame
+from shoal.rpc.held_signals import HeldSignals
 from shoal.rpc.messages import MAX_HANDSHAKE_BYTES, Failed, Hello, Message, Reply, Request
 from shoal.rpc.sockets import HANDOFF, listen_unix, receive_handed_over, split_address, tune
 
@@ -39,6 +45,18 @@ _READS_PER_ROUND: Final = 16
 """So that one busy peer cannot keep the others waiting for long."""
 _CALLS_PER_ROUND: Final = 10_000
 _HANDSHAKE_TIMEOUT_S = 10.0
+LEAD_S: Final = 0.001
+"""How long a thread of the user's takes the reactor's place, at most: signals are held off meanwhile."""
+SPIN_S: Final = 0.0001 if len(os.sched_getaffinity(0)) > 1 else 0.0
+"""How long a leader looks again and again before it sleeps, when sleeps have lately been shorter than that: to sleep
+and be woken costs as much as our work on a call. An exchange of single calls never sleeps then, and nobody else
+spins."""
+MAX_SLEEPS_BEFORE_SPIN: Final = 64
+"""Short sleeps in a row before the next spin, after spins in vain: then cores are scarce, and spinning keeps the one
+from running that would bring what is waited for."""
+STAND_BY_S: Final = 0.0005
+"""How long after that the reactor's own thread looks whether anything is to be done. What a thread that has just led
+appends without waiting for it waits twice that, at most."""
 _AGAIN_S: Final = 0.02
 """Between attempts where the kernel has no signal: a listener's full queue, and no descriptors left."""
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
@@ -73,6 +91,15 @@ class Reactor:
         self._stopped = False
         self.ended = False  # what comes in by `call_soon` from now on is dropped
         self.dirty: list[Channel] = []
+        self._lead = threading.Lock()  # who holds it runs rounds
+        self._leader = 0  # ident of that thread
+        self._rounds = 0
+        self._led_until = 0.0
+        self._quick_sleeps = 0  # in a row: spinning would have been enough
+        self._sleeps_before_spin = 1
+        self._standing_by = False
+        self._resume = threading.Lock()  # released to end a stand-by
+        self._resume.acquire()
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -87,11 +114,18 @@ class Reactor:
         if not self.awake:
             self.wake()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the calling thread is the reactor's now."""
+        return self._leader == threading.get_ident()
+
     def wake(self) -> None:
         """Make the reactor look at its calls. From any thread."""
         try:
             self.awake = True
             os.eventfd_write(self._wake_fd, 1)
+            if self._standing_by and not self._leader:
+                self._end_stand_by()
         except BaseException:  # a Ctrl-C in between: nobody would ever wake a reactor that seems to be awake
             self.awake = False
             raise
@@ -123,38 +157,135 @@ class Reactor:
         if self._io.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
+    def lead(self, done: Callable[[], object]) -> None:
+        """Do the reactor's work on the calling thread until `done()`, for `LEAD_S` at most.
+
+        For a thread that would otherwise sleep until the reactor wakes it, after appending to `calls` whatever it waits
+        for. Returns at once when another thread is at it; that one has been told then. Any thread.
+
+        Args:
+            done: called between two rounds, as the reactor.
+        """
+        with HeldSignals():
+            if self._lead.acquire(blocking=False):
+                try:
+                    self._lead_rounds(done)
+                finally:
+                    self._leader = 0
+                    self._led_until = time.monotonic()
+                    hand_over = self._stopped or not done()
+                    self.awake = self._standing_by  # its thread will look, now or in a moment
+                    self._lead.release()
+                    if hand_over:
+                        self._end_stand_by()
+        if self.calls and not self.awake:
+            self.wake()
+
+    def _lead_rounds(self, done: Callable[[], object]) -> None:
+        self._leader = threading.get_ident()
+        begin = now = time.monotonic()
+        while now < begin + LEAD_S:
+            self._round(self._await_events(begin + LEAD_S - now))
+            if self._stopped:
+                os.eventfd_write(self._wake_fd, 1)  # for its own thread, which will close it
+                return
+            if done():
+                return
+            now = time.monotonic()
+
+    def _await_events(self, at_most_s: float) -> list[tuple[int, int]]:
+        """Look, spin where that promises to be enough, sleep."""
+        poll = self._epoll.poll
+        events = poll(0.0)
+        if events or self.calls or self.dirty:
+            return events
+        begin = now = time.monotonic()
+        if self._quick_sleeps >= self._sleeps_before_spin:
+            while now < begin + SPIN_S:
+                events = poll(0.0)
+                if events or self.calls:
+                    self._sleeps_before_spin = 1
+                    return events
+                now = time.monotonic()
+            self._sleeps_before_spin = min(2 * self._sleeps_before_spin, MAX_SLEEPS_BEFORE_SPIN)
+            self._quick_sleeps = 0
+            at_most_s -= now - begin
+        events = poll(self._time_to_sleep(at_most_s))
+        if time.monotonic() - now < SPIN_S:
+            self._quick_sleeps += 1
+        else:
+            self._quick_sleeps = 0
+        return events
+
+    def _time_to_sleep(self, at_most_s: float = -1.0) -> float:
+        """Seconds until the next round is due; -1: until something comes."""
+        if self.calls or self.dirty:
+            return 0.0
+        if self._timers:
+            due_s = max(0.0, self._timers[0][0] - time.monotonic())
+            return due_s if at_most_s < 0 else min(due_s, at_most_s)
+        return at_most_s
+
     def _run(self) -> None:
-        calls, io, dirty = self.calls, self._io, self.dirty
+        """The life of its own thread."""
         while not self._stopped:
-            timeout = -1.0
-            if calls or dirty:
-                timeout = 0.0
-            elif self._timers:
-                timeout = max(0.0, self._timers[0][0] - time.monotonic())
-            events = self._epoll.poll(timeout)
-            self.awake = True  # whoever appends from here on is seen in this round: no need for a system call
-            for fd, mask in events:
-                if fd == self._wake_fd:
-                    os.eventfd_read(fd)
-                    continue
-                handler = io.get(fd)
-                if handler is not None:
-                    self._guard(handler, mask)
-            for _ in range(_CALLS_PER_ROUND):  # those that these add are part of this round, within reason
-                if not calls:
-                    break
-                call, args = calls.popleft()
-                self._guard(call, *args)
-                del call, args  # a sleeping loop must not keep alive what it called last
-            if self._timers:
-                self._run_timers()
-            while dirty:
-                channel = dirty.pop()
-                channel.marked = False
-                self._guard(channel.flush)
-            self.awake = False
-            # An append that saw `awake` set after the last look at `calls` is caught by the timeout of 0 above.
+            before = self._rounds
+            # An append that saw `awake` set after the last look at `calls` is caught by a time of 0.
+            events = self._epoll.poll(self._time_to_sleep())
+            self._standing_by = True  # first: whoever leads must see it, or must have let go
+            if not self._lead.acquire(blocking=False):
+                self._stand_by()
+            self._standing_by = False
+            self._leader = threading.get_ident()
+            if self._rounds != before:  # of another leader, who took these events
+                events = self._epoll.poll(0.0)
+            self._round(events)
+            self._leader = 0
+            self._lead.release()
+        self._lead.acquire()  # and never let go
+        self._leader = threading.get_ident()
         self._close()
+
+    def _stand_by(self) -> None:
+        """Somebody leads. Sleep until nobody has for a moment, or it is time to take over; then lead."""
+        while True:
+            told = self._resume.acquire(timeout=STAND_BY_S)
+            if self._lead.acquire(blocking=False):
+                if told or time.monotonic() - self._led_until > STAND_BY_S:
+                    return
+                self._lead.release()
+
+    def _end_stand_by(self) -> None:
+        try:
+            self._resume.release()
+        except RuntimeError:  # it was told already
+            pass
+
+    def _round(self, events: list[tuple[int, int]]) -> None:
+        """Take in what has come, run what was asked for, and send what is to be sent."""
+        calls, io, dirty = self.calls, self._io, self.dirty
+        self._rounds += 1
+        self.awake = True  # whoever appends from here on is seen in this round: no need for a system call
+        for fd, mask in events:
+            if fd == self._wake_fd:
+                os.eventfd_read(fd)
+                continue
+            handler = io.get(fd)
+            if handler is not None:
+                self._guard(handler, mask)
+        for _ in range(_CALLS_PER_ROUND):  # those that these add are part of this round, within reason
+            if not calls:
+                break
+            call, args = calls.popleft()
+            self._guard(call, *args)
+            del call, args  # a sleeping loop must not keep alive what it called last
+        if self._timers:
+            self._run_timers()
+        while dirty:
+            channel = dirty.pop()
+            channel.marked = False
+            self._guard(channel.flush)
+        self.awake = False
 
     def __del__(self) -> None:
         # Not when the loop ends: a thread on its way into `wake` would write into whatever file got the number next.

@@ -207,7 +207,7 @@ class SequentialActor(ActorInstance):
         if failure:
             return failure
         runner = self._runner
-        take, execute = runner.queue.get, runner.execute
+        take, execute = runner.next_call, runner.execute
         while not self.leaving:
             call = take()
             if call is None:

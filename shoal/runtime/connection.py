@@ -61,6 +61,9 @@ class Answer:
         self._value = value
         self._lock.release()
 
+    def is_set(self) -> bool:
+        return not self._lock.locked()
+
     def wait(self, timeout_s: float = -1.0) -> Any:
         """The answer, or None after `timeout_s` (-1: for ever)."""
         return self._value if self._lock.acquire(timeout=timeout_s) else None
@@ -168,7 +171,7 @@ class NodeConnection:
     def shutdown(self) -> None:
         """Leave the cluster, by a user's thread. Refs of it are of no use afterwards."""
         self.closed = self.closed or "shutdown() was called"
-        if self.reactor.thread.is_alive() and threading.current_thread() is not self.reactor.thread:
+        if self.reactor.thread.is_alive() and not self.reactor.is_here:
             closed = Answer()
             self.reactor.call_soon(self._close, closed)
             closed.wait(5.0)
@@ -207,7 +210,7 @@ class NodeConnection:
 
     def check_may_block(self) -> None:
         """Raises RuntimeError on the reactor's thread, where waiting would never end: it brings what one waits for."""
-        if threading.get_ident() == self.reactor.thread.ident:
+        if self.reactor.is_here:
             raise RuntimeError(
                 "this call waits, and callbacks of futures may not wait: they run on the thread that brings results; "
                 "hand the work to a thread of yours"
@@ -217,11 +220,16 @@ class NodeConnection:
         """The agent's answer, waited for by a user's thread. `Failed` when the agent is gone or says so."""
         self.check_may_block()
         answer = Answer()
-        self.reactor.call_soon(self.agent.request, request, answer.set)
-        reply = self.wait_answer(answer, timeout_s)
+        reply = self.have_answered(answer, self.agent.request, request, answer.set, timeout_s=timeout_s)
         if reply is None:
             return Failed(kind="timeout", text=f"the node's agent did not answer within {timeout_s:.0f} s")
         return reply
+
+    def have_answered(self, answer: Answer, call: Callable[..., Any], *args: Any, timeout_s: float = -1.0) -> Any:
+        """Have the reactor `call(*args)`, which makes somebody set `answer`, and wait for that. By a user's thread."""
+        self.reactor.calls.append((call, args))
+        self.reactor.lead(answer.is_set)
+        return self.wait_answer(answer, timeout_s)
 
     def wait_answer(self, answer: Answer, timeout_s: float = -1.0) -> Any:
         """Wait for what a call on the reactor will set; None after `timeout_s`. `Failed` when the reactor has ended."""
@@ -258,8 +266,7 @@ class NodeConnection:
         self.check_open()
         self.check_may_block()
         answer = Answer()
-        self.reactor.call_soon(self.mail_control, message, answer.set)
-        reply = self.wait_answer(answer, timeout_s)
+        reply = self.have_answered(answer, self.mail_control, message, answer.set, timeout_s=timeout_s)
         if reply is None:
             raise exceptions.ShoalSystemError(f"the head node did not answer within {timeout_s:.0f} s")
         return reply

@@ -86,6 +86,16 @@ class CallRunner:
 
     # -------------------------------------------------------------------------------------------------- running
 
+    def next_call(self) -> Call | None:
+        """Wait for what this thread is to run next. For the main thread, which brings it itself if it comes soon."""
+        waiting = self.queue
+        if waiting.empty():
+            self.runtime.reactor.lead(self._something_waits)
+        return waiting.get()
+
+    def _something_waits(self) -> bool:
+        return not self.queue.empty()
+
     def execute(self, call: Call) -> None:
         """Run one call on this thread and send what came of it."""
         target, caller = call.target, call.caller

@@ -62,7 +62,7 @@ class Executor:
     def run(self) -> None:
         """The main thread's life: run tasks until told to end, or become an actor for good."""
         runner = self.runner
-        take = runner.queue.get
+        take = runner.next_call
         while True:
             call = take()
             if call is None:

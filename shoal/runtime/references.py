@@ -416,8 +416,7 @@ class _Room:
     def wait(self) -> int:
         """The offset. By the thread that writes."""
         runtime = self._runtime
-        runtime.reactor.call_soon(self._ask)
-        reply = runtime.wait_answer(self._answer)
+        reply = runtime.have_answered(self._answer, self._ask)
         if not isinstance(reply, Failed):
             return self._offset
         if reply.kind == "store_full":

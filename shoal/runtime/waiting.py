@@ -26,6 +26,7 @@ from shoal.node.messages import (
 )
 from shoal.objects.serialization import deserialize
 from shoal.rpc.messages import Failed
+from shoal.rpc.reactor import LEAD_S
 from shoal.runtime.references import References, foreign
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Waiter:
     # ------------------------------------------------------------------------------------ the waiting thread's side
 
     def start(self) -> None:
-        self._runtime.reactor.call_soon(self._begin)
+        self._runtime.reactor.call_soon(self.begin)
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until finished; False after `timeout_s` (-1: for ever)."""
@@ -123,7 +124,7 @@ class Waiter:
 
     # ------------------------------------------------------------------------------------------- the reactor's side
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         if self._left:
             return
         runtime = self._runtime
@@ -222,7 +223,7 @@ class Waiting(References):
         self.explain_after_s = EXPLAIN_AFTER_S
         self.explain_again_s = EXPLAIN_AGAIN_S
         self.before_blocking: Callable[[], None] = lambda: None
-        self._blocked = 0
+        self._blocked: set[int] = set()  # by id: waiters whose threads lend their CPUs
 
     def why(self, ref: ObjectRef[Any]) -> str:
         """One line on what a ref that is not ready waits for. Any thread."""
@@ -300,15 +301,22 @@ class Waiting(References):
         """Wait in a user's thread; lends its CPUs meanwhile, and says why after a while. False after the timeout."""
         self.check_may_block()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        lends = not self.is_driver and timeout_s != 0
+        lends = False
         explain_in = self.explain_after_s
         try:
-            waiter.start()
+            if timeout_s is None or timeout_s > LEAD_S:
+                self.reactor.calls.append((waiter.begin, ()))
+                self.reactor.lead(lambda: waiter.finished)
+                if waiter.finished:
+                    return True
+            else:
+                self.reactor.call_soon(waiter.begin)
             if self.reactor.ended and not waiter.wait(1.0):
                 raise exceptions.LocalAgentDiedError(self.closed)
-            if lends:
+            if not self.is_driver and timeout_s != 0:
                 self.before_blocking()
-                self.reactor.call_soon(self._set_blocked, 1)
+                lends = True
+                self.reactor.call_soon(self._set_blocked, id(waiter), True)
             while not waiter.finished:
                 slice_s = explain_in
                 if deadline is not None:
@@ -323,7 +331,7 @@ class Waiting(References):
         finally:
             waiter.leave()
             if lends:
-                self.reactor.call_soon(self._set_blocked, -1)
+                self.reactor.call_soon(self._set_blocked, id(waiter), False)
 
     def _look(self, waiter: Waiter) -> bool:
         """Timeout 0 must see what is ready already: give the reactor one round, and the agent time for an answer."""
@@ -332,12 +340,15 @@ class Waiting(References):
         looked.wait(1.0)
         return waiter.wait(GRACE_S if waiter.asked else 0)
 
-    def _set_blocked(self, step: int) -> None:
-        self._blocked += step
-        if step > 0 and self._blocked == 1:
-            self.agent.send(Blocked())
-        elif step < 0 and self._blocked == 0:
-            self.agent.send(Unblocked())
+    def _set_blocked(self, waiter: int, blocked: bool) -> None:
+        """Saying it again, or the end without the beginning (an interrupt may come in between), changes nothing."""
+        before = bool(self._blocked)
+        if blocked:
+            self._blocked.add(waiter)
+        else:
+            self._blocked.discard(waiter)
+        if before != bool(self._blocked):
+            self.agent.send(Blocked() if blocked else Unblocked())
 
     def _explain(self, waiter: Waiter) -> None:
         waiting = [ref for ref in waiter.refs if not waiter.has(ref)]

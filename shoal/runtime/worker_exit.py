@@ -34,7 +34,7 @@ def announce(runtime: CoreRuntime, cause: str) -> None:
 def end_process(runtime: CoreRuntime, code: int) -> NoReturn:
     """End this process with an exit status. Exit handlers run unless this is the reactor's thread."""
     worker_output.flush()
-    if threading.current_thread() is not runtime.reactor.thread:
+    if not runtime.reactor.is_here:
         atexit._run_exitfuncs()
         worker_output.flush()
         _flush(runtime)

@@ -226,6 +226,156 @@ def test_a_call_that_a_signal_handler_interrupts_leaves_nobody_asleep() -> None:
     assert int(done.stdout) > 100
 
 
+# ---------------------------------------------------------------------------------------------------------- leading
+
+
+def test_who_leads_does_the_work_on_its_own_thread_until_it_is_done(loop: Reactor) -> None:
+    ran: list[int] = []
+    for _ in range(100):  # the reactor's thread may be in a round just then, and would take the calls
+        ran.clear()
+        loop.calls.append((lambda: ran.append(threading.get_ident()), ()))
+        loop.lead(lambda: ran)
+        wait_until(lambda: ran)
+        if ran == [threading.get_ident()]:
+            break
+    else:
+        pytest.fail("this thread never led")
+    assert not loop.is_here
+    assert run(loop, lambda: loop.is_here)
+
+
+def test_a_leader_hears_what_arrives(loop: Reactor) -> None:
+    left, right = linked(loop)
+    for number in range(300):
+        loop.calls.append((left.channel.send, (Note(number),)))
+        loop.lead(lambda: len(right.heard) > number)  # noqa: B023
+        wait_until(lambda: len(right.heard) > number)  # noqa: B023
+    assert [note.number for note in right.heard] == list(range(300))
+
+
+def test_a_leader_that_waits_in_vain_hands_over(loop: Reactor) -> None:
+    loop.lead(lambda: False)
+    assert run(loop, threading.get_ident) == loop.thread.ident
+
+
+def test_what_comes_after_a_leader_has_left_is_done_without_being_waited_for(loop: Reactor) -> None:
+    left, right = linked(loop)
+    for number in range(200):
+        loop.lead(lambda: True)
+        loop.call_soon(left.channel.send, Note(number))
+        wait_until(lambda: len(right.heard) > number)  # noqa: B023
+    assert run(loop, threading.get_ident) == loop.thread.ident
+
+
+def test_only_one_leads_and_what_the_other_wanted_is_done(loop: Reactor) -> None:
+    inside = threading.Event()
+    release = threading.Event()
+
+    def hold() -> bool:
+        inside.set()
+        return release.wait(LIMIT_S)
+
+    leader = threading.Thread(target=loop.lead, args=(hold,))
+    leader.start()
+    assert inside.wait(LIMIT_S)
+    box: list[int] = []
+    loop.calls.append((box.append, (1,)))
+    loop.lead(lambda: pytest.fail("two lead at once"))
+    release.set()
+    leader.join(LIMIT_S)
+    wait_until(lambda: box)
+
+
+def test_no_wake_up_is_lost_between_leaders(loop: Reactor) -> None:
+    """Threads lead, call and wait in every order; each must get its answer."""
+    problems: list[str] = []
+    deadline = time.monotonic() + 1.5
+
+    def live(seed: int) -> None:
+        rng = random.Random(seed)
+        rounds = 0
+        while time.monotonic() < deadline and not problems:
+            woken = threading.Event()
+            if rng.random() < 0.5:
+                loop.calls.append((woken.set, ()))
+                loop.lead(woken.is_set)
+            else:
+                loop.call_soon(woken.set)
+            if not woken.wait(5.0):
+                problems.append(f"thread {seed} was forgotten in round {rounds}")
+            for _ in range(rng.randrange(3000 if rng.random() < 0.1 else 30)):
+                pass
+            rounds += 1
+
+    threads = [threading.Thread(target=live, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert problems == []
+
+
+def test_a_leader_may_be_the_one_that_hears_of_the_end() -> None:
+    for _ in range(50):
+        made = Reactor("test")
+        made.start()
+        made.calls.append((made._end, ()))
+        made.lead(lambda: False)
+        made.wake()
+        made.thread.join(LIMIT_S)
+        assert not made.thread.is_alive()
+        made.lead(lambda: pytest.fail("an ended reactor was led"))
+
+
+LED_AND_INTERRUPTED = """
+import signal, socket, threading
+from shoal.rpc.reactor import Reactor
+
+class Interrupt(Exception):
+    pass
+
+def raise_interrupt(*_):
+    raise Interrupt
+
+loop = Reactor("test")
+loop.start()
+signal.signal(signal.SIGALRM, raise_interrupt)
+interrupts = begun = ended = 0
+
+def step():
+    global begun, ended
+    begun += 1
+    for _ in range(100):
+        pass
+    ended += 1
+
+for number in range(500):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0003 + number % 100 * 1e-6)
+        while True:
+            before = ended
+            loop.calls.append((step, ()))
+            loop.lead(lambda: ended > before)
+    except Interrupt:
+        interrupts += 1
+    woken = threading.Event()
+    loop.call_soon(woken.set)
+    assert woken.wait(10.0), f"asleep after {interrupts} interrupts"
+    assert begun == ended, "a step was cut in two"
+loop.stop()
+loop.thread.join()
+print(interrupts)
+"""
+
+
+def test_no_step_of_a_leader_is_cut_in_two_by_a_signal_handler() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LED_AND_INTERRUPTED], capture_output=True, text=True, timeout=LIMIT_S * 2, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 500
+
+
 def test_a_write_that_fails_leaves_the_reactor_to_be_woken(loop: Reactor, monkeypatch: pytest.MonkeyPatch) -> None:
     run(loop, lambda: None)
     wait_until(lambda: not loop.awake)
