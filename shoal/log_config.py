@@ -57,6 +57,17 @@ def configure(
     return handler
 
 
+def rename(process_name: str) -> None:
+    """After a fork: what the child has to say goes to a file of its own, which is opened when there is something."""
+    for handler in logging.getLogger("shoal").handlers:
+        if isinstance(handler, _ProcessLog):
+            handler.acquire()
+            try:
+                handler.move(process_name)
+            finally:
+                handler.release()
+
+
 def remove(handler: logging.Handler) -> None:
     """Undo `configure`: the user's process goes on without us."""
     for logger in (logging.getLogger(), logging.getLogger("shoal")):
@@ -80,3 +91,9 @@ def parse_level(level: int | str) -> int:
 
 class _ProcessLog(RotatingFileHandler):
     """Ours, so that `configure` recognises it."""
+
+    def move(self, process_name: str) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None  # as FileHandler does: the next record opens it
+        self.baseFilename = os.path.join(os.path.dirname(self.baseFilename), f"{process_name}.log")

@@ -18,7 +18,7 @@ from shoal.exceptions import ShoalError
 from shoal.node.leases import Decision, Grant, LeaseScheduler, Wait
 from shoal.node.messages import ActorReady, BeginActor, EndActor, LeaseSpec, WorkerExit
 from shoal.node.starting import Starting
-from shoal.node.workers import Worker, WorkerDiedError, WorkerPool
+from shoal.node.workers import Worker, WorkerPool
 from shoal.rpc.messages import Message
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class ActorHost:
         for hosted in self._actors.values():
             if hosted.placed_unix_s and not hosted.started and not hosted.stopping:
                 spec, worker = hosted.order.spec, hosted.worker
-                runs = worker is not None and worker.connection is not None
+                runs = worker is not None and worker.is_up
                 text = f"its constructor runs (pid {worker.pid})" if worker and runs else "its process is starting"
                 yield Starting(spec.class_name, spec.resources, spec.job_id, hosted.placed_unix_s, text)
 
@@ -103,18 +103,18 @@ class ActorHost:
 
         try:
             job = await agent.job(spec.job_id)
-            worker = await agent.pool.take(job, spec.env_vars, hosted.devices, claim)
-        except (ShoalError, WorkerDiedError, OSError) as exc:
-            if self._actors.get(spec.actor_id) is hosted:
-                self._forget(spec.actor_id)
-                kind = "refused" if isinstance(exc, OSError) else "crashed"
-                agent.tell_control(ActorFailed(spec.actor_id, order.incarnation, kind, str(exc)))
+            worker = agent.pool.assign(job, spec.env_vars, hosted.devices, claim)
+        except (ShoalError, OSError) as exc:
+            self._forget(spec.actor_id)
+            kind = "refused" if isinstance(exc, OSError) else "crashed"
+            agent.tell_control(ActorFailed(spec.actor_id, order.incarnation, kind, str(exc)))
             return
         agent.assigned(worker, spec.job_id)
         stopped = self._why_stopped(hosted)
         if stopped or worker.connection is None:
             agent.pool.end(worker, stopped or "it ended during its start", intended=True)
             return
+        # It may not be up yet. If it ends before it is, that is told as the end of the actor's process.
         worker.connection.send(BeginActor(spec, order.incarnation, order.restarts, order.class_blob, hosted.devices))
 
     def _why_stopped(self, hosted: _Hosted) -> str:
@@ -190,7 +190,7 @@ class ActorHost:
             if hosted.turn is not None:
                 hosted.turn.set()
             return  # `start` sees it
-        if not order.graceful or worker.connection is None:
+        if not order.graceful or not worker.is_up:
             self._agent.pool.end(worker, hosted.stopping, intended=True)
             return
         if hosted.timer is None:

@@ -39,13 +39,14 @@ from shoal.node.messages import (
     ControlMail,
     EndProcess,
     FromProcess,
+    JoinNode,
     LeaseDemand,
     Leaving,
     MailFromControl,
     OwnerHello,
     ProcessRegistered,
     Publish,
-    RegisterProcess,
+    RegisterDriver,
     Release,
     Resolve,
     ReturnLease,
@@ -56,6 +57,7 @@ from shoal.node.messages import (
     Use,
     WorkerBusy,
     WorkerExit,
+    WorkerReady,
 )
 from shoal.node.object_manager import ObjectManager
 from shoal.node.peers import Peers
@@ -84,13 +86,12 @@ _process_decoder = make_decoder(FromProcess | BetweenAgents)
 class Process:
     """A driver or worker of this node, or an owner of another node, that speaks with the agent."""
 
-    __slots__ = ("connection", "is_driver", "is_remote", "job_id", "node_id", "pid", "worker", "worker_id")
+    __slots__ = ("connection", "is_driver", "is_remote", "job_id", "node_id", "worker", "worker_id")
 
     def __init__(self, connection: aio.Connection, worker_id: bytes) -> None:
         self.connection = connection
         self.worker_id = worker_id
         self.job_id = b""
-        self.pid = 0
         self.is_driver = False
         self.is_remote = False
         self.node_id = b""
@@ -116,7 +117,9 @@ class Agent:
         )
         self._logs = WorkerLogs(settings.logs, settings.node_ip, self._publish_logs, self._loop)
         cpus = math.ceil(settings.total.get("CPU", 0) / 10_000)
-        self.pool = WorkerPool(zygote, settings.sockets, self._logs, max(cpus, 1), self._worker_ended)
+        self.pool = WorkerPool(
+            zygote, settings.sockets, self._logs, max(cpus, 1), self._worker_begun, self._worker_ended
+        )
         self._prestart = cpus
         self.actors = ActorHost(self)
         self.leases = LeaseService(self, settings.total, self.pool, self.actors.takes)
@@ -266,7 +269,7 @@ class Agent:
 
     def _first_message(self, connection: aio.Connection, message: Any) -> None:
         match message:
-            case RegisterProcess():
+            case RegisterDriver():
                 self._register(connection, message)
             case OwnerHello():
                 process = Process(connection, message.worker_id)
@@ -315,23 +318,23 @@ class Agent:
         process.connection.on_message = lambda message: self._from_process(process, message)
         process.connection.on_close = lambda _: self._process_gone(process)
 
-    def _register(self, connection: aio.Connection, message: RegisterProcess) -> None:
+    def _register(self, connection: aio.Connection, message: RegisterDriver) -> None:
         process = Process(connection, message.worker_id)
-        process.pid, process.is_driver = message.pid, message.is_driver
-        if message.is_driver:
-            self._add_process(process)
-            self._alive.add(message.worker_id[:12])
-            self.spawn(self._register_driver(process, message), "register-driver")
-            return
-        worker = self.pool.registered(message.worker_id, message.pid, connection)
-        if worker is None:
-            connection.reply(message, Failed(kind="unknown", text="this worker is not expected here"))
-            connection.close()
-            return
-        process.worker = worker
+        process.is_driver = True
         self._add_process(process)
         self._alive.add(message.worker_id[:12])
-        connection.reply(message, self._registration(None))
+        self.spawn(self._register_driver(process, message), "register-driver")
+
+    def _worker_begun(self, worker: Worker, sock: socket.socket) -> None:
+        """The pool has ordered a worker, which will find what we send at the other end of `sock`."""
+        tune(sock)
+        connection = worker.connection = aio.Connection(_process_decoder, "worker")
+        process = Process(connection, worker.worker_id)
+        process.worker = worker
+        self._add_process(process)
+        self._alive.add(worker.worker_id[:12])
+        connection.send(JoinNode(self._registration(None)))
+        self.spawn(aio.attach(connection, sock), "attach-worker")
 
     def _registration(self, job: JobInfo | None) -> ProcessRegistered:
         settings = self._settings
@@ -340,7 +343,7 @@ class Agent:
             arena_capacity=settings.store_bytes, session_dir=settings.folder, job=job, node_total=settings.total,
         )  # fmt: skip
 
-    async def _register_driver(self, process: Process, message: RegisterProcess) -> None:
+    async def _register_driver(self, process: Process, message: RegisterDriver) -> None:
         job = message.job
         if job is None:
             process.connection.reply(message, Failed(kind="bad_request", text="a driver must say what its job is"))
@@ -420,6 +423,9 @@ class Agent:
                 self.report_soon()
             case ControlMail():
                 self.tell_control(control.Relay(who, process.job_id, message.body))
+            case WorkerReady():
+                if process.worker is not None:
+                    self.pool.ready(process.worker, message.pid)
             case ActorReady():
                 if process.worker is not None:
                     self.actors.ready(process.worker, message)

@@ -63,13 +63,11 @@ class ObjectState(msgspec.Struct, array_like=True, frozen=True):
 # ------------------------------------------------------------------------------------------ process -> agent, tags 200+
 
 
-class RegisterProcess(Request, frozen=True, tag=200):
-    """First message of a driver or worker. Answered by `ProcessRegistered`. `job`: given by drivers only."""
+class RegisterDriver(Request, frozen=True, tag=200):
+    """First message of a driver. Answered by `ProcessRegistered`."""
 
     worker_id: bytes = b""
     pid: int = 0
-    is_driver: bool = False
-    socket_path: str = ""
     job: JobInfo | None = None
     version: str = ""
     python: str = ""
@@ -84,6 +82,12 @@ class ProcessRegistered(Reply, frozen=True, tag=201):
     session_dir: str = ""
     job: JobInfo | None = None
     node_total: Amounts = {}
+
+
+class WorkerReady(Message, frozen=True, tag=222):
+    """First message of a worker: it listens, and takes what it is sent."""
+
+    pid: int
 
 
 class LeaseDemand(Message, frozen=True, tag=202):
@@ -254,6 +258,12 @@ class LeaseLost(Message, frozen=True, tag=244):
     exit: WorkerExit
 
 
+class JoinNode(Message, frozen=True, tag=250):
+    """First message to a worker, sent before it even runs: what it must know of the node it is on."""
+
+    node: ProcessRegistered
+
+
 class AssignJob(Request, frozen=True, tag=245):
     """From now on the worker belongs to this job. Answered by `Done`."""
 
@@ -367,12 +377,13 @@ class ChunkHeader(Message, frozen=True, tag=281):
 
 
 FromProcess = (
-    Done | Failed | RegisterProcess | OwnerHello | LeaseDemand | ReturnLease | Blocked | Unblocked | Allocate | Release
-    | Seal | Resolve | CancelResolve | Unpin | Publish | Use | Unuse | ControlMail | ActorReady | Leaving | WorkerBusy
+    Done | Failed | RegisterDriver | WorkerReady | OwnerHello | LeaseDemand | ReturnLease | Blocked | Unblocked
+    | Allocate | Release | Seal | Resolve | CancelResolve | Unpin | Publish | Use | Unuse | ControlMail | ActorReady
+    | Leaving | WorkerBusy
 )  # fmt: skip
 ToProcess = (
-    Done | Failed | ProcessRegistered | LeaseGranted | LeaseRedirected | LeaseWaiting | ReclaimLeases | LeaseLost
-    | Allocated | Resolved | AssignJob | BeginActor | EndActor | MailFromControl | EndProcess
+    Done | Failed | JoinNode | ProcessRegistered | LeaseGranted | LeaseRedirected | LeaseWaiting | ReclaimLeases
+    | LeaseLost | Allocated | Resolved | AssignJob | BeginActor | EndActor | MailFromControl | EndProcess
 )  # fmt: skip
 BetweenAgents = (
     Done | Failed | AgentHello | HolderChanged | CopyMade | CopyGone | DeleteCopy | AskState | StateReply

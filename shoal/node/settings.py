@@ -23,7 +23,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
         token: the cluster's token; None makes a new one (head) or reads the environment (others).
         private: made by `init()` for one driver; nobody else finds it.
         lifeline_fd: the node ends when the other end of this descriptor closes; None lives until it is told to end.
-        worker_entry: "module:function" that runs a worker; the rooms above the node say what that is.
+        worker_entry: "module:function" that prepares workers in the zygote; the rooms above say what those are.
     """
 
     head: bool
@@ -42,7 +42,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     lifeline_fd: int | None = None
     log_level: str = "info"
     node_timeout_s: float = 10.0
-    worker_entry: str = "shoal.runtime.worker:run_worker"
+    worker_entry: str = "shoal.runtime.worker:prepare_worker"
 
 
 MIN_STORE_BYTES = 16 << 20

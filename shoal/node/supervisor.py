@@ -42,7 +42,7 @@ from shoal.node.processes import (
     set_title,
 )
 from shoal.node.settings import AgentSettings, NodeOptions, detect_capacity
-from shoal.node.zygote import run_zygote
+from shoal.node.zygote import RunWorker, run_zygote
 from shoal.objects.arena import Arena
 from shoal.objects.ids import new_node_id
 from shoal.rpc.sockets import join_address, listen_tcp
@@ -107,7 +107,7 @@ class Supervisor:
         agent_socket = str(sockets / "agent")
 
         module, _, name = options.worker_entry.partition(":")
-        run_worker: Callable[[bytes, str, bytes, str], None] = getattr(importlib.import_module(module), name)
+        prepare_worker: Callable[[str, bytes], RunWorker] = getattr(importlib.import_module(module), name)
         gc.collect()
         gc.freeze()
 
@@ -118,7 +118,7 @@ class Supervisor:
         def zygote() -> None:
             agent_end.close()
             listener.close()
-            run_zygote(zygote_end, lambda worker_id: run_worker(worker_id, agent_socket, token_bytes, logs))
+            run_zygote(zygote_end, prepare_worker(str(sockets), token_bytes))
 
         self._fork("zygote", zygote)
         zygote_end.close()
@@ -196,7 +196,8 @@ class Supervisor:
             set_title(f"shoal::{name}")
             os.close(self._wake_in)
             os.close(self._wake_out)
-            log_config.configure(name, self.folder.logs, self._options.log_level)
+            # The zygote's loggers are its workers': there the root logger is for what user code logs.
+            log_config.configure(name, self.folder.logs, self._options.log_level, own_process=name != "zygote")
             run()
             code = 0
         except BaseException:

@@ -25,6 +25,7 @@ from shoal.node.processes import kill_group
 from shoal.node.zygote import Exited, Forked, encode_order, reports_decoder
 from shoal.objects.ids import new_worker_id
 from shoal.rpc.aio import Connection
+from shoal.rpc.messages import Reply
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +41,18 @@ class Worker:
     """One worker process, from the order to fork it until the zygote says how it ended."""
 
     __slots__ = (
-        "actor_id", "connection", "devices", "ending", "env", "idle_since", "incarnation", "intended", "job_id",
-        "lease_id", "pid", "ready", "retired", "socket_path", "worker_id",
+        "actor_id", "assigned", "connection", "devices", "ending", "env", "idle_since", "incarnation", "intended",
+        "job_id", "lease_id", "pid", "ready", "retired", "socket_path", "worker_id",
     )  # fmt: skip
 
     def __init__(self, worker_id: bytes, socket_path: str, ready: asyncio.Future[None]) -> None:
         self.worker_id = worker_id
         self.socket_path = socket_path
-        self.ready = ready  # set when it has registered; failed when it ended before
+        self.ready = ready  # set when it listens; failed when it ended before
         self.pid = 0
-        self.connection: Connection | None = None
+        self.connection: Connection | None = None  # from the start: what is sent before it runs waits for it
         self.job_id = b""  # empty while fresh
+        self.assigned: asyncio.Future[Reply] | None = None  # its answer to that
         self.env: EnvKey = ()
         self.devices: dict[str, list[int]] = {}
         self.lease_id = 0
@@ -62,8 +64,12 @@ class Worker:
         self.retired = False  # it ends because there is no more work for it: what it made lives on
 
     @property
+    def is_up(self) -> bool:
+        return self.connection is not None and self.ready.done()
+
+    @property
     def is_idle(self) -> bool:
-        return not self.lease_id and not self.actor_id and not self.ending and self.connection is not None
+        return not self.lease_id and not self.actor_id and not self.ending and self.is_up
 
 
 class WorkerDiedError(Exception):
@@ -71,7 +77,12 @@ class WorkerDiedError(Exception):
 
 
 class WorkerPool:
-    """See the module. `ended(worker, exit)` is called once for each worker, after its process is gone."""
+    """See the module.
+
+    Args:
+        begun: called with each new worker and the agent's end of its connection; sets `worker.connection`.
+        ended: called once for each worker, after its process is gone.
+    """
 
     def __init__(
         self,
@@ -79,12 +90,14 @@ class WorkerPool:
         sockets: str,
         logs: WorkerLogs,
         keep_idle: int,
+        begun: Callable[[Worker, socket.socket], None],
         ended: Callable[[Worker, WorkerExit], None],
     ) -> None:
         self._zygote = zygote
         self._sockets = sockets
         self._logs = logs
         self._keep_idle = keep_idle
+        self._begun = begun
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._workers: dict[bytes, Worker] = {}
@@ -120,48 +133,66 @@ class WorkerPool:
         worker.ready.add_done_callback(lambda future: future.cancelled() or future.exception())  # never "not retrieved"
         out_in, out_out = os.pipe2(os.O_CLOEXEC)
         err_in, err_out = os.pipe2(os.O_CLOEXEC)
+        ours, theirs = socket.socketpair()
         try:
-            socket.send_fds(self._zygote, [encode_order(worker_id)], [out_out, err_out])
+            socket.send_fds(self._zygote, [encode_order(worker_id)], [out_out, err_out, theirs.fileno()])
+        except OSError:
+            del self._workers[worker_id]
+            for fd in (out_in, err_in):
+                os.close(fd)
+            ours.close()
+            raise
         finally:
             os.close(out_out)
             os.close(err_out)
+            theirs.close()
         self._logs.attach(worker_id, None, out_in, err_in)
+        self._begun(worker, ours)
         return worker
 
-    def registered(self, worker_id: bytes, pid: int, connection: Connection) -> Worker | None:
-        """The worker's process has connected. None when it is not one of ours (any more)."""
-        worker = self._workers.get(worker_id)
-        if worker is None:
-            return None
-        worker.connection = connection
+    def ready(self, worker: Worker, pid: int) -> None:
+        """The worker's process listens."""
         worker.pid = pid
         worker.idle_since = self._loop.time()
         if not worker.ready.done():
             worker.ready.set_result(None)
+
+    def assign(
+        self, job: JobInfo, env_vars: dict[str, str], devices: dict[str, list[int]], claim: Callable[[Worker], None]
+    ) -> Worker:
+        """A worker of this job and environment. It need not be up yet: what is sent to it now, it will do then.
+
+        Args:
+            claim: called first of all, to mark the worker as taken.
+        Raises:
+            OSError: none can be had.
+        """
+        worker = self._choose(job.job_id, tuple(sorted(env_vars.items())), bool(devices))
+        claim(worker)
+        if not worker.job_id:
+            assert worker.connection is not None
+            worker.job_id = job.job_id
+            worker.env = tuple(sorted(env_vars.items()))
+            worker.devices = devices
+            self._logs.set_job(worker.worker_id, job.job_id, to_driver=job.log_to_driver)
+            message = AssignJob(job=job, env_vars={**job.env_vars, **env_vars}, devices=devices)
+            worker.assigned = worker.connection.start_request(message)
         return worker
 
     async def take(
         self, job: JobInfo, env_vars: dict[str, str], devices: dict[str, list[int]], claim: Callable[[Worker], None]
     ) -> Worker:
-        """A worker of this job and environment, assigned and ready. `claim(worker)` marks it as taken before any wait.
+        """As `assign`, but ready for others, who may connect to it.
 
         Raises:
             WorkerDiedError: it ended before it was ready.
         """
-        worker = self._choose(job.job_id, tuple(sorted(env_vars.items())), bool(devices))
-        claim(worker)
-        fresh = not worker.job_id
-        if fresh:
-            worker.job_id = job.job_id
-            worker.env = tuple(sorted(env_vars.items()))
-            worker.devices = devices
-            self._logs.set_job(worker.worker_id, job.job_id, to_driver=job.log_to_driver)
+        worker = self.assign(job, env_vars, devices, claim)
         await worker.ready
-        connection = worker.connection
-        if connection is None or worker.ending:
+        assert worker.assigned is not None
+        await worker.assigned
+        if worker.connection is None or worker.ending:
             raise WorkerDiedError(worker.ending or "the worker ended")
-        if fresh:
-            await connection.request(AssignJob(job=job, env_vars={**job.env_vars, **env_vars}, devices=devices))
         return worker
 
     def _choose(self, job_id: bytes, env: EnvKey, needs_devices: bool) -> Worker:
@@ -171,9 +202,9 @@ class WorkerPool:
             if worker.lease_id or worker.actor_id or worker.ending:
                 continue
             if worker.job_id == job_id and worker.env == env and not worker.devices and not needs_devices:
-                if worker.connection is not None:
+                if worker.is_up:
                     return worker
-            elif not worker.job_id and (fresh is None or (fresh.connection is None and worker.connection is not None)):
+            elif not worker.job_id and worker.connection is not None and (fresh is None or not fresh.is_up):
                 fresh = worker
         return fresh or self._fork()
 

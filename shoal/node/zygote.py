@@ -4,9 +4,9 @@ Everything a worker needs is imported before the first fork; what all workers ha
 a worker costs ~1 ms and a few private MB instead of ~200 ms and ~40 MB for a fresh interpreter.
 
 It hears one datagram per order over a SOCK_SEQPACKET pair from the agent (with the write ends of the worker's stdout
-and stderr), and says when a worker was forked and when one ended, with its status: the zygote is their parent. It ends
-when the agent does, or when it is told to (by SIGTERM, which the kernel sends when the supervisor dies), and takes the
-workers with it, and all that those started.
+and stderr, and the worker's end of a connection to the agent), and says when a worker was forked and when one ended,
+with its status: the zygote is their parent. It ends when the agent does, or when it is told to (by SIGTERM, which the
+kernel sends when the supervisor dies), and takes the workers with it, and all that those started.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _END_S: Final = 3.0
 
 
 class Fork(msgspec.Struct, array_like=True, frozen=True, tag=1):
-    """Agent -> zygote, with two file descriptors: the worker's stdout and stderr."""
+    """Agent -> zygote, with three descriptors: the worker's stdout, stderr and connection to the agent."""
 
     worker_id: bytes
 
@@ -62,6 +62,9 @@ class Exited(msgspec.Struct, array_like=True, frozen=True, tag=3):
     text: str
 
 
+RunWorker = Callable[[bytes, socket.socket], None]
+"""The life of a worker, given its id and its connection to the agent; its return ends the process."""
+
 FromZygote = Forked | Exited
 _orders = msgspec.msgpack.Decoder(Fork)
 _encode = msgspec.msgpack.encode
@@ -72,9 +75,8 @@ def encode_order(worker_id: bytes) -> bytes:
     return _encode(Fork(worker_id))
 
 
-def run_zygote(sock: socket.socket, run_worker: Callable[[bytes], None]) -> None:
-    """Serve the agent at the other end of `sock` until it closes. `run_worker(worker_id)` is the life of a worker; it
-    runs in a forked child and its return ends that child."""
+def run_zygote(sock: socket.socket, run_worker: RunWorker) -> None:
+    """Serve the agent at the other end of `sock` until it closes."""
     set_title("shoal::zygote")
     adopt_orphans()
     workers: set[int] = set()
@@ -105,10 +107,10 @@ def run_zygote(sock: socket.socket, run_worker: Callable[[bytes], None]) -> None
         end_children(_END_S)
 
 
-def _obey(sock: socket.socket, workers: set[int], run_worker: Callable[[bytes], None], wake: tuple[int, int]) -> bool:
+def _obey(sock: socket.socket, workers: set[int], run_worker: RunWorker, wake: tuple[int, int]) -> bool:
     """Carry out one order; False when there will be no more."""
     try:
-        data, fds, _, _ = socket.recv_fds(sock, _DATAGRAM_BYTES, 2)
+        data, fds, _, _ = socket.recv_fds(sock, _DATAGRAM_BYTES, 3)
     except ConnectionResetError:
         return False
     if not data:
@@ -150,9 +152,7 @@ def _reap(sock: socket.socket, workers: set[int]) -> None:
                     os.kill(pid, signal.SIGKILL)
 
 
-def _fork(
-    sock: socket.socket, order: Fork, fds: list[int], run_worker: Callable[[bytes], None], wake: tuple[int, int]
-) -> int:
+def _fork(sock: socket.socket, order: Fork, fds: list[int], run_worker: RunWorker, wake: tuple[int, int]) -> int:
     parent = os.getpid()
     pid = os.fork()
     if pid:
@@ -166,11 +166,13 @@ def _fork(
         sock.close()
         os.close(wake[0])
         os.close(wake[1])
-        os.dup2(fds[0], 1)
-        os.dup2(fds[1], 2)
-        for fd in fds:
-            os.close(fd)
-        run_worker(order.worker_id)
+        out, err, agent = fds
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        os.close(out)
+        os.close(err)
+        os.set_inheritable(agent, False)
+        run_worker(order.worker_id, socket.socket(fileno=agent))
         code = 0
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else 1

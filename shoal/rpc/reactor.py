@@ -76,18 +76,21 @@ class Timer:
 
 
 class Reactor:
-    """An epoll loop on a thread of its own. Unless said otherwise, methods belong to that thread."""
+    """An epoll loop on a thread of its own. Unless said otherwise, methods belong to that thread.
+
+    It opens nothing before `start`, so that one may be made in a process from which others are forked that start it.
+    """
+
+    _epoll: select.epoll
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._wake_fd, IN)
+        self._wake_fd = -1
         self._io: dict[int, Callable[[int], None]] = {}
         self.calls: collections.deque[tuple[Callable[..., object], tuple[Any, ...]]] = collections.deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
-        self.awake = False
+        self.awake = True  # until it starts, which it does with a look at its calls
         self._stopped = False
         self.ended = False  # what comes in by `call_soon` from now on is dropped
         self.dirty: list[Channel] = []
@@ -100,9 +103,17 @@ class Reactor:
         self._standing_by = False
         self._resume = threading.Lock()  # released to end a stand-by
         self._resume.acquire()
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread = self._make_thread()
+
+    def _make_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name=self._name, daemon=True)
 
     def start(self) -> None:
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._wake_fd, IN)
+        self.awake = False
+        self.thread = self._make_thread()  # after a fork, one that was made before counts as ended
         self.thread.start()
 
     def call_soon(self, call: Callable[..., object], *args: Any) -> None:
@@ -144,7 +155,7 @@ class Reactor:
 
     def descriptors(self) -> list[int]:
         """All that are open in here, for a forked child that must let go of them."""
-        return [] if self.ended else [self._wake_fd, self._epoll.fileno(), *self._io]
+        return [] if self.ended or self._wake_fd < 0 else [self._wake_fd, self._epoll.fileno(), *self._io]
 
     def register(self, fd: int, handler: Callable[[int], None], events: int = IN) -> None:
         self._io[fd] = handler
@@ -289,7 +300,8 @@ class Reactor:
 
     def __del__(self) -> None:
         # Not when the loop ends: a thread on its way into `wake` would write into whatever file got the number next.
-        os.close(self._wake_fd)
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
 
     def _run_timers(self) -> None:
         now = time.monotonic()

@@ -13,7 +13,7 @@ from shoal import session
 from shoal.control.messages import FlushLogs, JobInfo, Notice
 from shoal.exceptions import ClusterConnectionError, ClusterNotFoundError
 from shoal.node.launch import NodeOptions, RunningNode, StartingNode, spawn_node
-from shoal.node.messages import RegisterProcess, WorkerAddress
+from shoal.node.messages import RegisterDriver, WorkerAddress
 from shoal.objects.ids import new_worker_id
 from shoal.objects.serialization import deserialize
 from shoal.runtime.connection import Answer
@@ -194,8 +194,8 @@ def _join(runtime: DriverRuntime, request: InitRequest, record: session.NodeReco
         [os.path.abspath(path) for path in sys.path], os.getcwd(), dict(request.env_vars), time.time(),
         default_lifetime=request.default_lifetime, log_to_driver=request.log_to_driver,
     )  # fmt: skip
-    register = RegisterProcess(
-        worker_id=runtime.worker_id, pid=os.getpid(), is_driver=True, job=job, version=__version__,
+    register = RegisterDriver(
+        worker_id=runtime.worker_id, pid=os.getpid(), job=job, version=__version__,
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
     )  # fmt: skip
     runtime.start(record.agent_socket, register)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from shoal.control import messages as control
 from shoal.node.messages import (
     ControlMail,
     EndProcess,
+    JoinNode,
     MailFromControl,
     ProcessRegistered,
     ToProcess,
@@ -113,13 +115,23 @@ class NodeConnection:
 
     # ---------------------------------------------------------------------------------------- opening, closing
 
+    def open(self) -> None:
+        """Begin to live, in this process and no other: a runtime opens no descriptor before."""
+        self.reactor.start()
+
+    def adopt(self, sock: socket.socket, ready: Message) -> None:
+        """A worker's start: its agent made this connection, and says by `JoinNode` what there is to know."""
+        self.open()
+        self.reactor.call_soon(self.agent.adopt, sock)
+        self.reactor.call_soon(self.agent.send, ready)
+
     def start(self, agent_socket: str, register: Request, timeout_s: float = 30.0) -> ProcessRegistered:
-        """Connect to this node's agent and register. Called once, by a user's thread, before anything else.
+        """A driver's start: connect to this node's agent and register. Called once, before anything else.
 
         Raises:
             ClusterConnectionError, AuthenticationError, VersionMismatchError, ShoalError.
         """
-        self.reactor.start()
+        self.open()
         self.reactor.call_soon(self.agent.connect, f"unix:{agent_socket}", self.token, "agent", self.name)
         registered = Answer()
 
@@ -277,6 +289,8 @@ class NodeConnection:
         match message:
             case MailFromControl():
                 self._from_control(_mail_decoder.decode(message.body))
+            case JoinNode():
+                self.take_registration(message.node)
             case EndProcess():
                 self.closed = self.closed or message.reason
                 self.agent.close(exceptions.ClusterConnectionError(message.reason))

@@ -43,7 +43,9 @@ _decoder = make_decoder(ToWorker)
 class Executor:
     """See the module. One per worker process."""
 
-    def __init__(self, runtime: CoreRuntime, socket_path: str) -> None:
+    _acceptor: Acceptor
+
+    def __init__(self, runtime: CoreRuntime) -> None:
         self.runtime = runtime
         self.runner = CallRunner(runtime)
         self._actor: ActorInstance | None = None
@@ -55,6 +57,10 @@ class Executor:
         runtime.on_agent_message = self._from_agent
         runtime.before_blocking = self._hand_back_queue
         runtime.describe_context = self.context
+
+    def listen(self, socket_path: str) -> None:
+        """Let callers in."""
+        runtime = self.runtime
         self._acceptor = Acceptor(
             runtime.reactor, socket_path, runtime.token, runtime.name, self._new_channel, self._opened
         )

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Final
 
 _RING: Final = operator.methodcaller("ring")
+_SILENCE: Final = staticmethod(int)  # a C function that does nothing
 
 
 class LastUse(weakref.ref[Any]):
@@ -36,7 +37,7 @@ class LastUse(weakref.ref[Any]):
 
 
 class LastUses:
-    """The bell of one runtime, and what it has rung for.
+    """The bell of one runtime, and what it has rung for. `open` hangs it up, in the process that will hear it.
 
     Attributes:
         gone: appended to by the interpreter, and by whoever has to tell something in order with the ends; taken by the
@@ -46,11 +47,14 @@ class LastUses:
 
     def __init__(self) -> None:
         self.gone: collections.deque[Any] = collections.deque()
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.fd = -1
         # A class of its own, so that one assignment silences all alarms: `fd` may be somebody else's file then.
-        ring = staticmethod(partial(os.eventfd_write, self.fd, 1))
-        self._alarm: Any = type("_Alarm", (weakref.ref,), {"__slots__": (), "ring": ring})
+        self._alarm: Any = type("_Alarm", (weakref.ref,), {"__slots__": (), "ring": _SILENCE})
         self._tell: Callable[[Any], None] = self.gone.append
+
+    def open(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._alarm.ring = staticmethod(partial(os.eventfd_write, self.fd, 1))
 
     def follow(self, target: Any, key: bytes, home: bytes = b"") -> LastUse:
         """Who gets it must keep the result for as long as it wants to be told."""
@@ -65,9 +69,10 @@ class LastUses:
 
     def silence(self) -> None:
         """Ring no more."""
-        self._alarm.ring = staticmethod(int)  # a C function that does nothing
+        self._alarm.ring = _SILENCE
 
     def __del__(self) -> None:
         # Not before: a thread on its way into the ring would write into whatever file got the number next.
         self.silence()
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)

@@ -75,8 +75,12 @@ class References(NodeConnection):
         self._uncounted: dict[int, None] = {}  # uses that their homes have not confirmed, by number, in order
         self._after_uses: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
         self._kept_for_good: list[Any] = []
-        self.reactor.call_soon(self.reactor.register, self._last_uses.fd, self._hear_last_uses)
-        self.reactor.call_soon(self.reactor.register, self._pins.fd, self._hear_pins)
+
+    def open(self) -> None:
+        super().open()
+        for uses, hear in ((self._last_uses, self._hear_last_uses), (self._pins, self._hear_pins)):
+            uses.open()
+            self.reactor.call_soon(self.reactor.register, uses.fd, hear)
 
     def close_channels(self) -> None:
         super().close_channels()

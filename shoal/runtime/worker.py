@@ -1,46 +1,54 @@
-"""The life of a worker process, from the zygote's fork to its end."""
+"""The life of a worker process.
+
+It is made in the zygote, once, up to the point where it would open a descriptor or start a thread; the forks of the
+zygote are workers that need only do that. What the first calls in a worker would otherwise compute for themselves
+(types of messages, pages that are written to) is done before the fork as well: a node starts hundreds of them a second.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
+import socket
 import sys
+from collections.abc import Callable
+
+import msgspec
 
 from shoal import log_config
-from shoal.node.messages import RegisterProcess
+from shoal.node.messages import WorkerReady
 from shoal.objects import serialization
 from shoal.runtime import slot, worker_output
+from shoal.runtime.actor_client import ActorArguments, ActorOptions
 from shoal.runtime.core import CoreRuntime
 from shoal.runtime.executor import Executor
-from shoal.version import __version__
 
-serialization.preload()  # once, in the zygote: workers are forked with it
+serialization.preload()
+for message in (ActorArguments, ActorOptions):
+    msgspec.msgpack.Decoder(message)  # looks up the types of its fields once
 
 
-def run_worker(worker_id: bytes, agent_socket: str, token: bytes, logs: str) -> None:
-    """Serve calls until the agent ends this process, or is gone itself."""
-    _forget_logging_of_parent()
-    log_config.configure(f"worker-{worker_id[:4].hex()}-{os.getpid()}", logs, own_process=False)
-    runtime = CoreRuntime(worker_id=worker_id, token=token, is_driver=False, name=f"worker-{worker_id[:4].hex()}")
+def prepare_worker(sockets: str, token: bytes) -> Callable[[bytes, socket.socket], None]:
+    """What each fork of this process is to call: it serves until the agent ends the process, or is gone itself.
+
+    Args:
+        sockets: the folder where a worker listens.
+    Returns:
+        Takes the worker's id and its connection to the agent; returns when the worker has nothing left to do.
+    """
+    runtime = CoreRuntime(worker_id=b"", token=token, is_driver=False, name="worker")
     runtime.on_lost = lambda: os._exit(1)
-    socket_path = os.path.join(os.path.dirname(agent_socket), f"w-{worker_id[:8].hex()}")
-    executor = Executor(runtime, socket_path)
-    worker_output.install(executor.runner.current_name)
-    slot.current = runtime
-    sys.argv = ["shoal-worker"]
-    runtime.start(
-        agent_socket,
-        RegisterProcess(
-            worker_id=worker_id, pid=os.getpid(), socket_path=socket_path, version=__version__,
-            python=".".join(map(str, sys.version_info[:2])),
-        ),
-    )  # fmt: skip
-    executor.run()
+    executor = Executor(runtime)
+    streams = worker_output.open_streams(executor.runner.current_name)
 
+    def run_worker(worker_id: bytes, agent: socket.socket) -> None:
+        runtime.worker_id = worker_id
+        runtime.name = f"worker-{worker_id[:4].hex()}"
+        log_config.rename(f"{runtime.name}-{os.getpid()}")
+        worker_output.install(streams)
+        slot.current = runtime
+        sys.argv = ["shoal-worker"]
+        executor.listen(f"{sockets}/w-{worker_id[:8].hex()}")
+        runtime.adopt(agent, WorkerReady(os.getpid()))
+        executor.run()
 
-def _forget_logging_of_parent() -> None:
-    """The zygote's root logger is its own; user code finds logging as a fresh interpreter has it."""
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        log_config.remove(handler)
-    root.setLevel(logging.WARNING)
+    return run_worker

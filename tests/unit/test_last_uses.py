@@ -16,12 +16,18 @@ class Thing:
     pass
 
 
+def opened() -> LastUses:
+    uses = LastUses()
+    uses.open()
+    return uses
+
+
 def rang(uses: LastUses) -> bool:
     return bool(select.select([uses.fd], [], [], 0)[0])
 
 
 def test_the_end_is_noticed_once_and_named() -> None:
-    uses = LastUses()
+    uses = opened()
     thing = Thing()
     use = uses.follow(thing, b"key", b"home")
     assert use() is thing
@@ -37,7 +43,7 @@ def test_the_end_is_noticed_once_and_named() -> None:
 
 def test_the_end_is_recorded_before_the_bell_rings() -> None:
     """Whoever hears the bell must find what it rang for."""
-    uses = LastUses()
+    uses = opened()
     order: list[Any] = []
     uses._alarm.ring = staticmethod(lambda: order.append(len(uses.gone)))
     thing = Thing()
@@ -48,7 +54,7 @@ def test_the_end_is_recorded_before_the_bell_rings() -> None:
 
 
 def test_ends_in_a_collection_and_in_threads() -> None:
-    uses = LastUses()
+    uses = opened()
     kept: list[LastUse] = []
 
     def make(number: int) -> None:
@@ -68,7 +74,7 @@ def test_ends_in_a_collection_and_in_threads() -> None:
 
 
 def test_silence() -> None:
-    uses = LastUses()
+    uses = opened()
     thing = Thing()
     use = uses.follow(thing, b"key")
     uses.silence()
@@ -80,7 +86,7 @@ def test_silence() -> None:
 
 def test_no_interrupt_is_swallowed() -> None:
     """A SIGINT that arrives while thousands of references end is raised, by the code that drops them."""
-    uses = LastUses()
+    uses = opened()
     raised = 0
     rounds = 20
     for _ in range(rounds):
