@@ -155,6 +155,7 @@ def init(
         node_name=_check_name("_node_name", _node_name),
         temp_dir=_check_name("_temp_dir", _temp_dir),
         entrypoint=" ".join(sys.argv),
+        preload=tuple(filter(None, env.get("SHOAL_PRELOAD", "").split(","))),
     )
     if request.address not in (None, "local"):
         request.refuse_for_existing(request.address or "")

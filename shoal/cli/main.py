@@ -164,6 +164,21 @@ def status(
     face.show(address or os.environ.get("SHOAL_ADDRESS") or None, temp_dir, verbose=verbose, as_json=as_json)
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},
+    epilog="Example:  [bold]shoal run train.py --epochs 3[/bold]   or   [bold]shoal run -m package.module[/bold]",
+)
+def run(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="SCRIPT [ARGUMENT]...", help="Or -m MODULE [ARGUMENT]...")
+    ] = None,
+) -> None:
+    """Run a program that says `import ray` on shoal, unchanged."""
+    sys.stdout.flush()
+    # A process of its own kind from the first line on: its exit code, signals and tracebacks are the program's.
+    os.execv(sys.executable, [sys.executable, "-m", "shoal.compat", *(arguments or ())])
+
+
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """Of the click that typer brings along under a private name."""
 

@@ -52,6 +52,7 @@ class JobInfo(msgspec.Struct, array_like=True, frozen=True):
     ended_unix_s: float = 0.0  # 0.0 while it runs
     default_lifetime: str = "non_detached"
     log_to_driver: bool = True
+    preload: list[str] = []  # modules that its workers import before anything else
 
 
 class ActorSpec(msgspec.Struct, array_like=True, frozen=True):

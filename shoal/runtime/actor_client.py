@@ -203,7 +203,7 @@ class Connection:
             assert death is not None
             run.client = None
             if wanted and run.refs is not None:
-                for ref in run.refs if isinstance(run.refs, list) else (run.refs,):
+                for ref in run.refs if isinstance(run.refs, tuple) else (run.refs,):
                     ref.watched = True  # nobody needs to be told of an error that somebody asked for
             self._runtime.fail(run, death)
 

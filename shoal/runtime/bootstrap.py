@@ -193,6 +193,7 @@ def _join(runtime: DriverRuntime, request: InitRequest, record: session.NodeReco
         b"", request.namespace or "", runtime.worker_id, bytes.fromhex(record.node_id), os.getpid(), request.entrypoint,
         [os.path.abspath(path) for path in sys.path], os.getcwd(), dict(request.env_vars), time.time(),
         default_lifetime=request.default_lifetime, log_to_driver=request.log_to_driver,
+        preload=list(request.preload),
     )  # fmt: skip
     register = RegisterDriver(
         worker_id=runtime.worker_id, pid=os.getpid(), job=job, version=__version__,

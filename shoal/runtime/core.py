@@ -127,9 +127,10 @@ class CoreRuntime(Waiting):
         counter = next(self.counter)
         if bound.num_returns == 1:
             refs: Any = ObjectRef(self.prefix + counter.to_bytes(8, "little") + _FIRST, self.node_id)
+            run = TaskRun(counter, bound, refs, self.depth)
         else:
             refs = self._make_refs(counter, bound.num_returns)
-        run = TaskRun(counter, bound, refs, self.depth)
+            run = TaskRun(counter, bound, refs and tuple(refs), self.depth)  # the list is the user's to change
         if args or kwargs:
             self.pack(run, args, kwargs)
         self.submit(run)
@@ -140,9 +141,10 @@ class CoreRuntime(Waiting):
         counter = next(self.counter)
         if bound.num_returns == 1:
             refs: Any = ObjectRef(self.prefix + counter.to_bytes(8, "little") + _FIRST, self.node_id)
+            run = TaskRun(counter, bound, refs, self.depth)
         else:
             refs = self._make_refs(counter, bound.num_returns)
-        run = TaskRun(counter, bound, refs, self.depth)
+            run = TaskRun(counter, bound, refs and tuple(refs), self.depth)  # the list is the user's to change
         run.client = client
         if args or kwargs:
             self.pack(run, args, kwargs)

@@ -8,6 +8,7 @@ that the same caller sent after it, unless the actor takes calls in any order.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import queue
@@ -211,6 +212,11 @@ class Executor:
                 os.chdir(message.job.working_dir)
             except OSError as exc:
                 logger.info("the driver's working directory is not on this node: %s", exc)
+        for module in message.job.preload:
+            try:
+                importlib.import_module(module)
+            except Exception:  # the user's module: calls that need it will say what is missing
+                logger.exception("cannot import %s (SHOAL_PRELOAD of the driver)", module)
         self.runtime.agent.reply(message, Done())
 
     def _become(self, begin: BeginActor) -> None:

@@ -23,6 +23,7 @@ class InitRequest:
         env_vars: for every worker of the job.
         default_lifetime: of actors that do not say, "detached" or "non_detached".
         node_ip_address, temp_dir: of a new cluster; None means choose.
+        preload: modules that every worker of the job imports before anything else.
     """
 
     address: str | None = None
@@ -41,6 +42,7 @@ class InitRequest:
     node_name: str | None = None
     temp_dir: str | None = None
     entrypoint: str = ""
+    preload: tuple[str, ...] = ()
 
     def only_for_new_cluster(self) -> list[str]:
         """Names of the options that were given and that an existing cluster cannot honour any more."""

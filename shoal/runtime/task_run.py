@@ -90,7 +90,7 @@ class TaskRun:
     """One call that has no result yet.
 
     Attributes:
-        refs: of the results: one ref, or a list of them, or None when there are none.
+        refs: of the results: one ref, or a tuple of them, or None when there are none.
         dependencies: refs among the top-level arguments (the last may be the stored arguments themselves).
         keep: what must live until the call has ended: refs inside arguments, the actor's client.
         missing: dependencies that are not ready yet.

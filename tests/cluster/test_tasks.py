@@ -141,6 +141,10 @@ def test_number_of_returns() -> None:
     with pytest.raises(ValueError, match="returned a int"):
         shoal.get(one.remote())
 
+    mine = values.options(num_returns=3).remote(3)
+    last = mine.pop()  # the list is the caller's: what they do to it changes nothing for the task
+    assert shoal.get([last, *mine]) == [2, 0, 1]
+
 
 def test_nested_tasks_on_fewer_cpus_than_levels() -> None:
     @shoal.remote

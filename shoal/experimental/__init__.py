@@ -1,0 +1,1 @@
+"""Helpers on the public API whose form may still change."""
