@@ -21,6 +21,7 @@ from shoal.api.words import did_you_mean, not_supported
 from shoal.exceptions import ShoalSystemError
 from shoal.runtime import slot
 from shoal.runtime.init_request import InitRequest
+from shoal.scheduling.labels import check_labels
 from shoal.scheduling.resources import to_amounts
 from shoal.version import __version__
 
@@ -329,7 +330,10 @@ def _check_labels(labels: Mapping[Any, Any] | None) -> dict[str, str]:
     for key, value in labels.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"init(labels=...) is a dict of strings to strings; {key!r}: {value!r} is not")
-    return dict(labels)
+    try:
+        return check_labels(labels)
+    except ValueError as exc:
+        raise ValueError(f"init(labels=...): {exc}") from None
 
 
 def _check_bytes(name: str, value: Any, least: int) -> int | None:

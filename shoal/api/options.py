@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn
 
 from shoal.api.signatures import ASYNC_GENERATOR, COROUTINE, GENERATOR, code_flags
-from shoal.api.strategies import to_strategy
+from shoal.api.strategies import place, to_fallbacks, to_selector, to_strategy
 from shoal.api.words import did_you_mean, not_supported
 from shoal.runtime.interface import ActorTemplate, MethodTemplate, TaskTemplate
 from shoal.scheduling.resources import to_amounts
@@ -22,6 +22,7 @@ Check = Callable[[str, Any], Any]
 
 DEFAULT_MAX_RETRIES: Final = 3
 MAX_RETURNS: Final = 1_000_000
+MAX_PRIORITY: Final = 1_000_000
 _ACCELERATOR_SHARE: Final = 0.001  # of `accelerator_type:<T>`, which every node of that type has 1 of
 
 
@@ -119,6 +120,13 @@ def _strategy(name: str, value: Any) -> Any:
     return value
 
 
+def _priority(name: str, value: Any) -> int | None:
+    settled: int | None = _whole(-MAX_PRIORITY, f"between {-MAX_PRIORITY} and {MAX_PRIORITY}", MAX_PRIORITY)(
+        name, value
+    )
+    return settled
+
+
 def _runtime_env(name: str, value: Any) -> dict[str, str]:
     return check_runtime_env(value)
 
@@ -180,8 +188,9 @@ _BOTH: Final[Mapping[str, Check]] = {
     "runtime_env": _runtime_env,
     "scheduling_strategy": _strategy,
     "enable_task_events": _flag,
-    "label_selector": _later(None, {}),
-    "fallback_strategy": _later(None, []),
+    "label_selector": to_selector,
+    "fallback_strategy": to_fallbacks,
+    "priority": _priority,
     "placement_group": _later(None, "default"),
     "placement_group_bundle_index": _later(None, -1),
     "placement_group_capture_child_tasks": _later(None, False),
@@ -305,7 +314,8 @@ def task_template(function: Callable[..., Any], options: Mapping[str, Any]) -> T
         name=options.get("name") or label,
         num_returns=_or(options.get("num_returns"), 1),
         resources=_amounts(options, cpus=1),
-        strategy=to_strategy(options.get("scheduling_strategy")),
+        strategy=place(to_strategy(options.get("scheduling_strategy")), options),
+        priority=options.get("priority"),
         max_retries=_or(options.get("max_retries"), DEFAULT_MAX_RETRIES),
         retry_exceptions=options.get("retry_exceptions", False),
         max_calls=max_calls,
@@ -339,7 +349,8 @@ def actor_template(
         methods=methods,
         resources=resources,
         placement=placement,
-        strategy=to_strategy(options.get("scheduling_strategy")),
+        strategy=place(to_strategy(options.get("scheduling_strategy")), options),
+        priority=options.get("priority"),
         name=options.get("name"),
         namespace=options.get("namespace"),
         detached=None if lifetime is None else lifetime == "detached",

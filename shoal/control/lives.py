@@ -509,7 +509,7 @@ class ActorLives:
                 node = self._nodes.find(choice.node_id)
                 assert node is not None
                 self._step(actor, Placed(node.node_id, node.info.address, node.info.hostname))
-            elif isinstance(choice, Infeasible) and line.spec.strategy.kind == "node" and not line.spec.strategy.soft:
+            elif isinstance(choice, Infeasible) and choice.reason.code == "unschedulable":
                 self._step(actor, Ended("unschedulable", choice.reason.text))
             else:
                 if only is None or line.reason is None:

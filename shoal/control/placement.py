@@ -17,20 +17,21 @@ usual policy would pile all of them onto one node. Those stay with their creator
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from shoal.control.actors import ActorRecord
 from shoal.control.messages import ActorSpec
 from shoal.control.nodes import NodeRecord, NodeTable
 from shoal.objects.ids import ActorId
-from shoal.scheduling.policy import Busy, Choice, Infeasible, Node, can_ever_run, choose_node, matches_labels
+from shoal.scheduling.labels import matches
+from shoal.scheduling.policy import Busy, Choice, Infeasible, Node, acceptable, can_ever_run, choose_node
 from shoal.scheduling.resources import fits
 from shoal.scheduling.views import Amounts, DemandReport, NodeView, WaitReason
 
 DRAWN = 10
 """Nodes looked at first; a cluster of up to three times as many is looked at as a whole."""
 
-LineKey = tuple[bytes, str, tuple[tuple[str, int], ...], bool, tuple[object, ...]]
+LineKey = tuple[bytes, str, tuple[tuple[str, int], ...], bool, bytes]
 
 
 class Line:
@@ -104,10 +105,8 @@ class WaitingRoom:
             return line
         spec = actor.spec
         need = spec.needs()
-        strategy = spec.strategy
         light = actor.holds_nothing
-        where = (strategy.kind, strategy.node_id, strategy.soft, tuple(sorted(strategy.labels.items())))
-        key: LineKey = (spec.job_id, spec.class_name, tuple(sorted(need.items())), light, where)
+        key: LineKey = (spec.job_id, spec.class_name, tuple(sorted(need.items())), light, spec.strategy.key())
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = Line(key, spec, need, light)
@@ -165,7 +164,7 @@ class WaitingRoom:
                 return Busy(_just_refused(only))
             return self._choose_among(line, [self._nodes.views[only.index]])
         creator = self._nodes.find(line.first().spec.owner_node)
-        if len(self._nodes) > 3 * DRAWN and not named:
+        if len(self._nodes) > 3 * DRAWN and not named and not line.spec.strategy.fallbacks:
             choice = self._choose_among(line, self._draw(line, creator))
             if isinstance(choice, Node) and not self._wastes_gpu(line, choice):
                 return choice
@@ -201,12 +200,13 @@ class WaitingRoom:
     def _choose_among(self, line: Line, views: Sequence[NodeView]) -> Choice:
         strategy = line.spec.strategy
         if line.light and strategy.kind != "node":
-            place = self._choose_light(line, views)
-            if place is not None:
-                return place
+            for labels in acceptable(strategy):
+                place = self._choose_light(line, views, labels)
+                if place is not None:
+                    return place
         return choose_node(line.need, strategy, views, None, self._rng)
 
-    def _choose_light(self, line: Line, views: Sequence[NodeView]) -> Node | None:
+    def _choose_light(self, line: Line, views: Sequence[NodeView], labels: Mapping[str, str]) -> Node | None:
         strategy, need = line.spec.strategy, line.need
         stays_home = strategy.kind == "default"
         avoids_gpus = "GPU" not in need
@@ -216,7 +216,7 @@ class WaitingRoom:
         for view in views:
             if view.draining or not fits(need, view.available):
                 continue
-            if strategy.labels and not matches_labels(strategy.labels, view.labels):
+            if labels and not matches(labels, view.labels):
                 continue
             node = self._nodes.find(view.node_id)
             assert node is not None

@@ -20,6 +20,7 @@ from shoal.node.messages import ActorReady, BeginActor, EndActor, LeaseSpec, Wor
 from shoal.node.starting import Starting
 from shoal.node.workers import Worker, WorkerPool
 from shoal.rpc.messages import Message
+from shoal.scheduling.views import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ class ActorHost:
     async def _stand_in_line(self, hosted: _Hosted) -> None:
         """Wait until `hosted.devices` is given, or `patience_s` is over, or it is stopped."""
         spec, scheduler = hosted.order.spec, self._agent.scheduler
-        need = LeaseSpec(spec.job_id, spec.needs(), spec.class_name)
+        here = Strategy("node", scheduler.node_id)  # control chose, and will choose again
+        need = LeaseSpec(spec.job_id, spec.needs(), spec.class_name, strategy=here)
         hosted.turn = asyncio.Event()
         scheduler.set_demand(spec.actor_id, 0, 1, need, time.time(), redirected=True)
         self._agent.decide_soon()

@@ -119,18 +119,34 @@ class ClusterView:
 
     def plan(self, demand: Amounts, strategy: Strategy, *, pinned: bool) -> Plan:
         """Where `demand` can run at all. `pinned`: another agent chose this node, and knew the strategy."""
-        own = self.own()
         if pinned:
-            here = policy.can_ever_run(demand, Strategy(), own)
-            return Plan(here, (), None if here else policy.why_infeasible(demand, Strategy(), [own]))
+            if not policy.can_ever_run(demand, Strategy(), self.own()):
+                return Plan(False, (), policy.why_infeasible(demand, Strategy(), [self.own()]))
+            return Plan(True, self._plan(demand, strategy).tiers)
+        return self._plan(demand, strategy)
+
+    def _plan(self, demand: Amounts, strategy: Strategy) -> Plan:
+        own = self.own()
+        first: bytes | None = None
         if strategy.kind == "node":
             named = own if strategy.node_id == self._node_id else self._others.get(strategy.node_id)
             if named is not None and policy.can_ever_run(demand, strategy, named):
-                return Plan(True, ()) if named is own else Plan(False, (named.node_id,))
-            if not strategy.soft:
+                first = named.node_id
+                if strategy.when_busy != "spill":
+                    return Plan(True, ()) if named is own else Plan(False, ((first,),))
+            elif not strategy.soft:
                 return Plan(False, (), policy.why_affinity_fails(demand, strategy, named))
-        here = policy.can_ever_run(demand, strategy, own)
-        away = tuple(node.node_id for node in self._others.values() if policy.can_ever_run(demand, strategy, node))
-        if here or away:
-            return Plan(here, away)
-        return Plan(False, (), policy.why_infeasible(demand, strategy, [own, *self._others.values()]))
+        ranks: dict[bytes, int] = {}
+        for node in (own, *self._others.values()):
+            rank = policy.preference(demand, strategy, node)
+            if rank is not None:
+                ranks[node.node_id] = -1 if node.node_id == first else rank
+        if not ranks:
+            return Plan(False, (), policy.why_infeasible(demand, strategy, [own, *self._others.values()]))
+        mine = ranks.pop(self._node_id, None)
+        levels = sorted(set(ranks.values()))
+        tiers = tuple(tuple(node_id for node_id, rank in ranks.items() if rank == level) for level in levels)
+        if mine is None:
+            return Plan(False, tiers)
+        ahead = sum(level < mine for level in levels)
+        return Plan(True, tiers, ahead=ahead, peers=tiers[ahead] if mine in levels else ())

@@ -21,12 +21,21 @@ from shoal.scheduling.views import Amounts, Strategy, WaitReason
 class Plan(NamedTuple):
     """Where a shape can run by the totals of the nodes, whatever is free.
 
-    here: on this node. away: on these others, to which it may be sent. never: the reason when there is neither.
+    here: on this node. tiers: on these others, to which it may be sent; those of the first tier rather than those of
+    the second (fallbacks of a label selector). ahead: so many tiers are better than here, even if there is room here.
+    never: the reason when there is neither. peers: others that are just as good as here.
     """
 
     here: bool
-    away: tuple[bytes, ...]
+    tiers: tuple[tuple[bytes, ...], ...]
     never: WaitReason | None = None
+    ahead: int = 0
+    peers: tuple[bytes, ...] = ()
+
+    @property
+    def away(self) -> list[bytes]:
+        """All other nodes, best first."""
+        return [node_id for tier in self.tiers for node_id in tier]
 
 
 class Shape:
@@ -161,11 +170,10 @@ class LeaseQueue:
     def shape_of(self, spec: LeaseSpec, pinned: bool) -> Shape:
         """The shape of a new class; give it back with `drop_shape` when the class is forgotten or changes."""
         demand = {name: amount for name, amount in spec.resources.items() if amount}
-        at = spec.strategy
-        key = (tuple(sorted(demand.items())), at.kind, at.node_id, at.soft, tuple(sorted(at.labels.items())), pinned)
+        key = (tuple(sorted(demand.items())), spec.strategy.key(), pinned)
         shape = self._shapes.get(key)
         if shape is None:
-            shape = self._shapes[key] = Shape(key, demand, at, pinned)
+            shape = self._shapes[key] = Shape(key, demand, spec.strategy, pinned)
         shape.refs += 1
         return shape
 

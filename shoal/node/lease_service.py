@@ -162,7 +162,7 @@ class LeaseService:
                     where = around.address_of(decision.node_id) or ""
                     message = LeaseRedirected(decision.class_id, decision.count, decision.node_id, where)
                 case Wait():
-                    message = LeaseWaiting(decision.class_id, decision.reason)
+                    message = LeaseWaiting(decision.class_id, decision.reason, decision.granted)
                 case Reclaim():
                     message = ReclaimLeases()
                     for lease in self._leases.values():

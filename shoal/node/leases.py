@@ -47,6 +47,10 @@ MAX_REMEMBERED_SPECS: Final = 4096
 MAX_REPORTS: Final = 1000
 """Rows of `demand_reports`, which travel to control on every change. Those that wait longest stay."""
 
+REVISIT_S: Final = 1.0
+"""After this, work that must run on a node which is not there is given up (the view may be a little behind), and work
+that another agent sent here may be sent on (the view by which it was sent was a little behind)."""
+
 _NEW: Final = WaitReason("busy", "it was asked for a moment ago")
 _RESERVED: Final = WaitReason("busy", "what is free is kept for older work that needs more at once")
 _SPLIT: Final = WaitReason("busy", "enough is free in all, but not on one device")
@@ -73,11 +77,12 @@ class Redirect(msgspec.Struct, frozen=True):
 
 
 class Wait(msgspec.Struct, frozen=True):
-    """Why the rest of the demand is not met; only when that changed."""
+    """Why the rest of the demand is not met; only when that changed. `granted`: leases that the class has."""
 
     owner: bytes
     class_id: int
     reason: WaitReason
+    granted: int = 0
 
 
 class Reclaim(msgspec.Struct, frozen=True):
@@ -132,6 +137,7 @@ class LeaseScheduler:
         self._leases: dict[int, _Lease] = {}
         self._actors: dict[bytes, Holding] = {}
         self._reservation: _Reservation | None = None
+        self._revisit: dict[DemandClass, None] = {}  # to look at when they have waited for `REVISIT_S`
         # Notes of one decision:
         self._reasons_shifted = False  # some that were looked at before wait for another reason now
         self._something_to_grant = False  # a reservation ended, so that others may have what it kept
@@ -158,7 +164,7 @@ class LeaseScheduler:
         Args:
             spec: given with the first demand of a class and when its name changes, and remembered for the owner's life
                 (beyond `MAX_REMEMBERED_SPECS` classes that want nothing now, the oldest are forgotten).
-            redirected: another agent sent the owner here; what cannot be served waits here.
+            redirected: another agent sent the owner here; what cannot be served waits here, for `REVISIT_S` at least.
         Raises:
             KeyError: a positive demand of a class whose spec is not known.
             ValueError: `wanted` is negative.
@@ -311,7 +317,7 @@ class LeaseScheduler:
             self._end_starvation()
             return []
         decisions: list[Decision] = []
-        looked_at = list(queue) if changed else list(queue.touched.values())
+        looked_at = list(queue) if changed else self._touched()
         for cls in looked_at:
             self._send_before_granting(cls, decisions)
         self._end_overdue_reservation()
@@ -326,6 +332,14 @@ class LeaseScheduler:
         queue.touched.clear()
         self._reclaim(decisions)
         return decisions
+
+    def _touched(self) -> list[DemandClass]:
+        """Classes that must be looked at though no other node changed."""
+        queue = self._queue
+        for cls in [cls for cls in self._revisit if self._now - cls.since >= REVISIT_S]:
+            del self._revisit[cls]
+            queue.touched[cls.owner, cls.class_id] = cls
+        return list(queue.touched.values())
 
     def _grant(self, decisions: list[Decision], worker_limit: Callable[[LeaseSpec], bool] | None) -> None:
         """Serve the queue in order, as far as there is room."""
@@ -459,30 +473,47 @@ class LeaseScheduler:
     def _send_before_granting(self, cls: DemandClass, decisions: list[Decision]) -> None:
         """What never runs here leaves at once, to where it fits now if it does anywhere; what is spread, by shares."""
         plan = self._plan(cls.shape)
-        if not plan.away:
+        if not plan.tiers or cls.shape.pinned:
             return
         if plan.here:
+            for tier in plan.tiers[: plan.ahead]:
+                self._share_out(cls, tier, decisions)
             if cls.shape.strategy.kind == "spread":
-                self._share_out(cls, decisions, keep=True)
+                self._share_out(cls, plan.peers, decisions, keep=True)
             return
-        self._share_out(cls, decisions)
-        for index, node_id in enumerate(plan.away):
+        self._offer(cls, decisions)
+        if cls.shape.strategy.when_busy == "fail":
+            return
+        for index, node_id in enumerate(plan.tiers[0]):
             if not cls.unmet:
                 break
-            self._send(cls, node_id, -(-cls.unmet // (len(plan.away) - index)), decisions)
+            self._send(cls, node_id, -(-cls.unmet // (len(plan.tiers[0]) - index)), decisions)
 
     def _settle(self, cls: DemandClass, decisions: list[Decision]) -> None:
         """Not all of the demand could be met here now: offer it to others, and say why the rest waits."""
         shape, plan = cls.shape, self._plan(cls.shape)
-        if plan.away and plan.here and shape.offered != self._cluster.version:
+        is_new = self._now - cls.since < REVISIT_S
+        if is_new and shape.pinned and plan.tiers:
+            self._revisit[cls] = None
+        elif plan.tiers and plan.here and shape.offered != self._cluster.version:
             if shape in self._queue.full or self._is_withheld_from(cls):
-                self._share_out(cls, decisions)
+                self._offer(cls, decisions)
             if not cls.queued:
                 return
         reason = plan.never or self._busy_reason(cls, plan)
+        if is_new and reason.code == "unschedulable":
+            self._revisit[cls] = None
+            reason = WaitReason("infeasible", reason.text)
+        elif plan.never is None and shape.strategy.when_busy == "fail":
+            reason = policy.why_unavailable(shape.demand, self._named(shape))
         if reason is not cls.reason and reason != cls.reason:
             cls.reason = reason
-            decisions.append(Wait(cls.owner, cls.class_id, reason))
+            decisions.append(Wait(cls.owner, cls.class_id, reason, cls.granted))
+
+    def _named(self, shape: Shape) -> NodeView:
+        """The node that the shape must run on, which is there."""
+        node_id = shape.strategy.node_id
+        return self._cluster.own() if node_id == self.node_id else self._cluster.other(node_id)
 
     def _busy_reason(self, cls: DemandClass, plan: Plan) -> WaitReason:
         shape = cls.shape
@@ -497,20 +528,30 @@ class LeaseScheduler:
             return _RESERVED
         return _SPLIT if shape in self._queue.full else _LIMITED
 
-    def _share_out(self, cls: DemandClass, decisions: list[Decision], *, keep: bool = False) -> None:
-        """Send unmet demand to nodes where it fits now, in equal shares as far as they have room.
+    def _offer(self, cls: DemandClass, decisions: list[Decision]) -> None:
+        """Send unmet demand to where it fits now, best nodes first."""
+        for tier in self._plan(cls.shape).tiers:
+            if not cls.unmet:
+                return
+            self._share_out(cls, tier, decisions)
+        if cls.unmet:
+            cls.shape.offered = self._cluster.version
+
+    def _share_out(
+        self, cls: DemandClass, away: Sequence[bytes], decisions: list[Decision], *, keep: bool = False
+    ) -> None:
+        """Send unmet demand to those of the nodes `away` where it fits now, in equal shares as far as they have room.
 
         With `keep` this node takes a share like the others, which just stays in the queue.
         """
         shape = cls.shape
-        demand, away = shape.demand, self._plan(shape).away
+        demand = shape.demand
         rest, own = cls.unmet, self._cluster.own()
         while rest:
             views = self._cluster.with_room(demand, away)
             if keep and fits(demand, own.available):
                 views.append(own)
             if not views:
-                shape.offered = self._cluster.version
                 return
             ranked = policy.rank_nodes(demand, shape.strategy, views, self._cluster.node_count, self._rng)
             share = -(-rest // len(ranked))
@@ -549,6 +590,8 @@ class LeaseScheduler:
                 del record.specs[next(iter(record.specs))]
 
     def _leave_queue(self, cls: DemandClass) -> None:
+        if self._revisit:
+            self._revisit.pop(cls, None)
         if self._reservation is not None and self._reservation.cls is cls:
             self._end_reservation()
         self._queue.leave(cls)

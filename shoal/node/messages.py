@@ -241,10 +241,12 @@ class LeaseRedirected(Message, frozen=True, tag=241):
 
 
 class LeaseWaiting(Message, frozen=True, tag=242):
-    """Why the demand of a class is not met; sent when the reason changes."""
+    """Why the demand of a class is not met; sent when the reason changes. With code "unschedulable" no more than
+    `granted` leases, those given before included, will come of it: what is queued beyond that fails."""
 
     class_id: int
     reason: WaitReason
+    granted: int = 0
 
 
 class ReclaimLeases(Message, frozen=True, tag=243):

@@ -9,6 +9,7 @@ import socket
 import msgspec
 
 from shoal.exceptions import ShoalError
+from shoal.scheduling.labels import check_labels
 from shoal.scheduling.resources import to_amounts
 from shoal.scheduling.views import Amounts
 
@@ -45,6 +46,12 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     worker_entry: str = "shoal.runtime.worker:prepare_worker"
 
 
+_LABEL_VARIABLES = {
+    "ray.io/market-type": "SHOAL_NODE_MARKET_TYPE",
+    "ray.io/availability-region": "SHOAL_NODE_REGION",
+    "ray.io/availability-zone": "SHOAL_NODE_ZONE",
+    "ray.io/node-group": "SHOAL_NODE_TYPE_NAME",
+}
 MIN_STORE_BYTES = 16 << 20
 MAX_DEFAULT_STORE_BYTES = 200 << 30
 
@@ -103,7 +110,17 @@ def detect_capacity(options: NodeOptions) -> Capacity:
         total = to_amounts({**options.resources, **amounts})
     except (TypeError, ValueError) as exc:
         raise ShoalError(f"the node's resources: {exc}") from exc
-    return Capacity({name: amount for name, amount in total.items() if amount}, store, dict(options.labels))
+    try:
+        labels = {**_machine_labels(), **check_labels(options.labels)}
+    except (TypeError, ValueError) as exc:
+        raise ShoalError(f"the node's labels: {exc}") from exc
+    return Capacity({name: amount for name, amount in total.items() if amount}, store, labels)
+
+
+def _machine_labels() -> dict[str, str]:
+    """What the environment says of the machine, where a provider has set it."""
+    named = {name: os.environ.get(variable, "") for name, variable in _LABEL_VARIABLES.items()}
+    return check_labels({name: value for name, value in named.items() if value})
 
 
 def _cpus() -> float:

@@ -46,6 +46,7 @@ from shoal.node.zygote import RunWorker, run_zygote
 from shoal.objects.arena import Arena
 from shoal.objects.ids import new_node_id
 from shoal.rpc.sockets import join_address, listen_tcp
+from shoal.scheduling.labels import NODE_ID
 from shoal.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Supervisor:
             control_address=control_address,
             is_head=options.head,
             total=capacity.total,
-            labels=capacity.labels,
+            labels={**capacity.labels, NODE_ID: node_id.hex()},
             store_bytes=capacity.store_bytes,
         )
         self._fork_and_wait("agent", lambda ready: run_agent(agent_settings, listener, agent_end, arena, ready))

@@ -214,6 +214,8 @@ class Connection:
             found = deserialize(info.error)
             cause = found.as_raisable() if isinstance(found, exceptions.TaskError) else None
         text = f"{info.class_name or self.label} is dead: {info.cause or info.kind or 'the reason is not known'}"
+        if info.kind == "unschedulable":
+            return ObjectState(ERROR, serialize(exceptions.ActorUnschedulableError(text)).flatten())
         error = exceptions.ActorDiedError(
             text, self._actor_id.hex(), actor_init_failed=info.kind == "init_failed", cause=cause
         )

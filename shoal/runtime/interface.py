@@ -29,6 +29,7 @@ class TaskTemplate:
         resources: what one running call holds.
         max_retries: accepted; -1 is unlimited.
         env_vars: of the task's runtime_env, merged over the job's.
+        priority: among what waits, higher first; None is that of the task it is submitted from, else 0.
     """
 
     __slots__ = (
@@ -39,6 +40,7 @@ class TaskTemplate:
         "max_retries",
         "name",
         "num_returns",
+        "priority",
         "resources",
         "retry_exceptions",
         "strategy",
@@ -56,7 +58,9 @@ class TaskTemplate:
         retry_exceptions: bool | tuple[type[BaseException], ...] = False,
         max_calls: int = 0,
         env_vars: Mapping[str, str] | None = None,
+        priority: int | None = None,
     ) -> None:
+        self.priority = priority
         self.function = function
         self.name = name
         self.num_returns = num_returns
@@ -78,6 +82,7 @@ class ActorTemplate:
         max_concurrency: 0 = default (1 for a synchronous class, 1000 for one with `async def` methods).
         methods: name -> options of every public method, as the handle needs them.
         handle: opaque bytes from which the API can rebuild a handle (for `get_actor`).
+        priority: of its creation, as of a task.
     """
 
     __slots__ = (
@@ -95,6 +100,7 @@ class ActorTemplate:
         "name",
         "namespace",
         "placement",
+        "priority",
         "resources",
         "strategy",
     )
@@ -117,7 +123,9 @@ class ActorTemplate:
         is_async: bool = False,
         env_vars: Mapping[str, str] | None = None,
         handle: bytes = b"",
+        priority: int | None = None,
     ) -> None:
+        self.priority = priority
         self.cls = cls
         self.methods = dict(methods)
         self.resources = resources

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from shoal import exceptions
 from shoal.node.messages import (
     LeaseDemand,
     LeaseGranted,
@@ -271,13 +272,34 @@ class SchedulingClass:
         self.tasks.leases[agent, message.lease_id] = lease
         self.pump_soon()
 
+    def waits(self, agent: AgentLink, message: LeaseWaiting) -> None:
+        self.reason = message.reason
+        if message.reason.code != "unschedulable":
+            return
+        coming = message.granted - sum(1 for lease in self.leases if lease.agent is agent)
+        kept = [self.queue.popleft() for _ in range(min(max(coming, 0), len(self.queue)))]
+        given_up = list(self.queue)
+        self.queue.clear()
+        self.queue.extend(kept)
+        if agent in self.elsewhere:
+            self.elsewhere[agent] = message.granted
+        # Before anything else is queued, so that the agent's next word is about that.
+        self.told[agent] = message.granted
+        agent.channel.send(LeaseDemand(self.class_id, message.granted))
+        for run in given_up:
+            text = f"{run.bound.name} cannot be scheduled: {message.reason.text}"
+            self.tasks.runtime.fail_with(run, exceptions.TaskUnschedulableError(text))
+        self.pump_soon()
+
     def redirected(self, agent: AgentLink, message: LeaseRedirected) -> None:
         """Ask over there for what this agent cannot give."""
         self.told[agent] = max(0, self.told.get(agent, 0) - message.count)
-        if not self.queue or not message.address:
+        if agent in self.elsewhere:
+            self.elsewhere[agent] = max(0, self.elsewhere[agent] - message.count)
+        other = self.tasks.agent_at(message.node_id, message.address) if self.queue and message.address else None
+        if other is None or other is self.tasks.local:
             self.pump_soon()
             return
-        other = self.tasks.agent_at(message.node_id, message.address)
         self.elsewhere[other] = self.elsewhere.get(other, 0) + message.count
         self._tell(other, self.elsewhere[other])
 
@@ -416,7 +438,7 @@ class TaskManager:
             case LeaseRedirected():
                 self._by_id[message.class_id].redirected(agent, message)
             case LeaseWaiting():
-                self._by_id[message.class_id].reason = message.reason
+                self._by_id[message.class_id].waits(agent, message)
             case ReclaimLeases():
                 self._yield_all()
             case LeaseLost():

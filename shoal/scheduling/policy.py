@@ -16,6 +16,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
+from shoal.scheduling.labels import describe as describe_labels
+from shoal.scheduling.labels import matches
 from shoal.scheduling.resources import describe, describe_amount, fits, missing
 from shoal.scheduling.views import UNIT, Amounts, NodeView, Strategy, WaitReason
 
@@ -59,17 +61,35 @@ def choose_node(
     """
     if strategy.kind == "node":
         named = next((node for node in nodes if node.node_id == strategy.node_id), None)
-        possible = named is not None and can_ever_run(demand, strategy, named)
-        if named is not None and possible:
-            return Node(named.node_id) if fits(demand, named.available) else Busy(why_busy(demand, [named]))
-        if not strategy.soft:
+        if named is not None and can_ever_run(demand, strategy, named):
+            if fits(demand, named.available):
+                return Node(named.node_id)
+            if strategy.when_busy == "fail":
+                return Infeasible(why_unavailable(demand, named))
+            if strategy.when_busy != "spill":
+                return Busy(why_busy(demand, [named]))
+        elif not strategy.soft:
             return Infeasible(why_affinity_fails(demand, strategy, named))
-    feasible = [node for node in nodes if can_ever_run(demand, strategy, node)]
-    if not feasible:
+    busy: dict[bytes, NodeView] = {}
+    for labels in acceptable(strategy):
+        feasible = [node for node in nodes if _could_run(demand, labels, node)]
+        fitting = [node for node in feasible if fits(demand, node.available)]
+        if fitting:
+            return _choose_among(demand, strategy, fitting, len(nodes), local, rng)
+        busy.update({node.node_id: node for node in feasible})
+    if not busy:
         return Infeasible(why_infeasible(demand, strategy, nodes))
-    fitting = [node for node in feasible if fits(demand, node.available)]
-    if not fitting:
-        return Busy(why_busy(demand, feasible))
+    return Busy(why_busy(demand, list(busy.values())))
+
+
+def _choose_among(
+    demand: Amounts,
+    strategy: Strategy,
+    fitting: list[NodeView],
+    node_count: int,
+    local: bytes | None,
+    rng: random.Random,
+) -> Node:
     if strategy.kind == "spread":
         return Node(_least_used(demand, fitting, 1, rng).node_id)
     if not demand.get("GPU"):
@@ -78,12 +98,31 @@ def choose_node(
         for node in fitting:
             if node.node_id == local and utilisation(demand, node) <= PACK_LIMIT:
                 return Node(local)
-    return Node(_least_used(demand, fitting, max(int(len(nodes) * TOP_FRACTION), 1), rng).node_id)
+    return Node(_least_used(demand, fitting, max(int(node_count * TOP_FRACTION), 1), rng).node_id)
+
+
+def acceptable(strategy: Strategy) -> list[dict[str, str]]:
+    """Selectors in order of preference; a node need satisfy only one."""
+    return [strategy.labels, *strategy.fallbacks] if strategy.fallbacks else [strategy.labels]
 
 
 def can_ever_run(demand: Amounts, strategy: Strategy, node: NodeView) -> bool:
     """Whether the node takes work, has the labels, and is large enough when nothing else runs there."""
-    return not node.draining and fits(demand, node.total) and matches_labels(strategy.labels, node.labels)
+    return preference(demand, strategy, node) is not None
+
+
+def preference(demand: Amounts, strategy: Strategy, node: NodeView) -> int | None:
+    """0 for nodes of the first choice, 1 for those of the first fallback ...; None: it can never run there."""
+    if node.draining or not fits(demand, node.total):
+        return None
+    for rank, labels in enumerate(acceptable(strategy)):
+        if not labels or matches(labels, node.labels):
+            return rank
+    return None
+
+
+def _could_run(demand: Amounts, labels: Mapping[str, str], node: NodeView) -> bool:
+    return not node.draining and fits(demand, node.total) and (not labels or matches(labels, node.labels))
 
 
 def utilisation(demand: Amounts, node: NodeView) -> float:
@@ -129,23 +168,6 @@ def rank_nodes(
     return head + order[top:]
 
 
-def matches_labels(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether `labels` satisfy every entry of `selector`: "v", "!v", "in(a,b)" or "!in(a,b)" by label name.
-
-    A label that is absent satisfies the two negated forms only.
-    """
-    for name, wanted in selector.items():
-        negated = wanted.startswith("!")
-        wanted = wanted[1:] if negated else wanted
-        if wanted.startswith("in(") and wanted.endswith(")"):
-            accepted = [value.strip() for value in wanted[3:-1].split(",")]
-        else:
-            accepted = [wanted]
-        if (name in labels and labels[name] in accepted) == negated:
-            return False
-    return True
-
-
 # ------------------------------------------------------------------------------------------------------- reasons
 
 
@@ -173,16 +195,18 @@ def why_infeasible(demand: Amounts, strategy: Strategy, nodes: Sequence[NodeView
     """None of `nodes` can ever run `demand`: name the one thing a person would have to add."""
     if not nodes:
         return WaitReason("infeasible", "the cluster has no nodes")
-    if strategy.labels:
-        labelled = [node for node in nodes if matches_labels(strategy.labels, node.labels)]
+    choices = acceptable(strategy)
+    selective = all(choices)
+    if selective:
+        labelled = [node for node in nodes if any(matches(labels, node.labels) for labels in choices)]
         if not labelled:
-            wanted = ", ".join(f"{name}={value}" for name, value in sorted(strategy.labels.items()))
+            wanted = ", nor ".join(describe_labels(labels) for labels in choices)
             return WaitReason("infeasible", f"no node has the labels {wanted}")
         nodes = labelled
     open_nodes = [node for node in nodes if not node.draining]
     if not open_nodes or any(node.draining and fits(demand, node.total) for node in nodes):
         return WaitReason("infeasible", "the only nodes that could run it are draining")
-    among = "no node with the labels has" if strategy.labels else "no node has"
+    among = "no node with the labels has" if selective else "no node has"
     for name, amount in sorted(demand.items()):
         largest = max(node.total.get(name, 0) for node in open_nodes)
         if amount > largest:
@@ -192,15 +216,22 @@ def why_infeasible(demand: Amounts, strategy: Strategy, nodes: Sequence[NodeView
     return WaitReason("infeasible", f"no single node has all of {describe(demand)}")
 
 
+def why_unavailable(demand: Amounts, named: NodeView) -> WaitReason:
+    """Affinity that shall not wait, to a node that is busy."""
+    lacking = ", ".join(missing(demand, named.available)) or "room"
+    node = f"node {named.node_id.hex()[:12]}, which it must run on,"
+    return WaitReason("unschedulable", f"{node} has too little {lacking} free now, and it was told not to wait")
+
+
 def why_affinity_fails(demand: Amounts, strategy: Strategy, named: NodeView | None) -> WaitReason:
     """Hard affinity to a node that is not there (`named` None) or can never run it."""
     node = f"node {strategy.node_id.hex()[:12]}, which it must run on,"
     if named is None:
-        return WaitReason("infeasible", f"{node} is not in the cluster")
+        return WaitReason("unschedulable", f"{node} is not in the cluster")
     if named.draining:
-        return WaitReason("infeasible", f"{node} is draining")
-    if not matches_labels(strategy.labels, named.labels):
-        return WaitReason("infeasible", f"{node} does not have the labels that it asks for")
+        return WaitReason("unschedulable", f"{node} is draining")
+    if not any(matches(labels, named.labels) for labels in acceptable(strategy)):
+        return WaitReason("unschedulable", f"{node} does not have the labels that it asks for")
     name, (needed, there) = next(iter(missing(demand, named.total).items()))
     best = f"has {describe_amount(name, there)}" if there else f"has no {name}"
-    return WaitReason("infeasible", f"{node} {best}, and it needs {describe_amount(name, needed)}")
+    return WaitReason("unschedulable", f"{node} {best}, and it needs {describe_amount(name, needed)}")

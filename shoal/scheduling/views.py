@@ -20,19 +20,29 @@ class Strategy(msgspec.Struct, array_like=True, frozen=True):
 
     kind: "default" (hybrid: fill up, then spread), "spread", or "node" (affinity to `node_id`;
     `soft` falls back to default when that node is gone or can never fit).
+    labels: selector (see `labels`) that a node must satisfy.
+    fallbacks: selectors to go by instead, in order, where those before them find no room.
+    when_busy: of "node": "" waits for room there, "spill" (soft) goes elsewhere, "fail" (hard) gives up.
     """
 
     kind: str = "default"
     node_id: bytes = b""
     soft: bool = False
     labels: dict[str, str] = {}
+    fallbacks: list[dict[str, str]] = []
+    when_busy: str = ""
+
+    def key(self) -> bytes:
+        """Equal for equal strategies."""
+        return msgspec.msgpack.encode(self, order="sorted")
 
 
 class WaitReason(msgspec.Struct, array_like=True, frozen=True):
     """Why something is not running yet. `code` is for machines, `text` completes "waiting because ...".
 
-    Codes: infeasible, busy, arguments, worker_starting, node_starting, environment, owner_gone,
-    connecting, actor_pending, actor_restarting, object_pending, store_full, transfer.
+    Codes: infeasible, unschedulable (it was told not to wait for that, so it fails), busy, arguments, worker_starting,
+    node_starting, environment, owner_gone, connecting, actor_pending, actor_restarting, object_pending, store_full,
+    transfer.
     """
 
     code: str

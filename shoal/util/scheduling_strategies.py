@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from shoal.api.strategies import NodeAffinitySchedulingStrategy
+from shoal.api.strategies import (
+    DoesNotExist,
+    Exists,
+    In,
+    NodeAffinitySchedulingStrategy,
+    NodeLabelSchedulingStrategy,
+    NotIn,
+)
 
-__all__ = ["NodeAffinitySchedulingStrategy"]
+__all__ = [
+    "DoesNotExist", "Exists", "In", "NodeAffinitySchedulingStrategy", "NodeLabelSchedulingStrategy", "NotIn",
+]  # fmt: skip

@@ -15,6 +15,7 @@ from shoal.node.cluster_view import DEDUCT_FOR_S
 from shoal.node.leases import (
     RESERVE_AFTER_S,
     RESERVE_FOR_S,
+    REVISIT_S,
     Decision,
     Grant,
     LeaseScheduler,
@@ -514,6 +515,24 @@ def test_who_was_sent_here_stays_here() -> None:
     assert [wait[1] for wait in node.waits] == [2]
 
 
+def test_who_was_sent_here_in_vain_is_sent_on_after_a_while() -> None:
+    node = Node(CPU=1)
+    node.nodes = (view("b", {"CPU": 8}, {"CPU": 0}), view("c", {"CPU": 2}))
+    node.want(b"a", 4, redirected=True)
+    assert node.served() == [b"a"]
+    node.decide(after_s=REVISIT_S / 2)
+    assert node.redirects == {}
+    node.decide(after_s=REVISIT_S)
+    assert node.redirects == {"c": 2}
+    here = spec(strategy=Strategy("node", b"here"))
+    node.want(b"actor", 1, here, redirected=True)
+    node.decide(after_s=REVISIT_S)
+    node.nodes = (view("b", {"CPU": 8}),)
+    node.decide(after_s=REVISIT_S)
+    assert node.redirects == {"b": 1}, "of a; the actor stays"
+    assert node.scheduler.unmet(b"actor", 1) == 1
+
+
 def test_what_can_never_run_here_leaves_at_once() -> None:
     node = Node(CPU=4)
     gpu = {"CPU": 4, "GPU": 2}
@@ -592,6 +611,67 @@ def test_affinity() -> None:
     node.want(b"a", 1, spec(strategy=Strategy("node", b"zz", True)), class_id=4)
     node.decide()
     assert node.redirects == {"c": 1}
+
+
+def test_hard_affinity_to_a_node_that_is_not_there_is_given_up_a_little_later() -> None:
+    node = Node(CPU=4)
+    gone = spec(strategy=Strategy("node", b"zz"))
+    node.want(b"a", 3, gone)
+    (wait,) = node.decide()
+    assert isinstance(wait, Wait)
+    assert wait.reason.code == "infeasible", "the view may be behind"
+    assert node.decide(after_s=REVISIT_S / 2) == []
+    (wait,) = node.decide(after_s=REVISIT_S)
+    assert isinstance(wait, Wait)
+    assert (wait.reason.code, wait.granted) == ("unschedulable", 0)
+    node.want(b"a", 0)
+    node.want(b"a", 1, gone)
+    assert len(node.decide()) == 1
+    node.nodes = (view("zz", {"CPU": 1}),)
+    node.decide(after_s=REVISIT_S)
+    assert node.redirects == {"zz": 1}
+
+
+def test_affinity_that_shall_not_wait_gets_what_is_free_and_gives_up_the_rest() -> None:
+    node = Node(CPU=2)
+    node.nodes = (view("b", {"CPU": 4}, {"CPU": 1}),)
+    node.want(b"a", 3, spec(strategy=Strategy("node", b"here", when_busy="fail")))
+    waits = [decision for decision in node.decide() if isinstance(decision, Wait)]
+    assert [(wait.reason.code, wait.granted) for wait in waits] == [("unschedulable", 2)]
+    node.want(b"b", 3, spec(strategy=Strategy("node", b"b", when_busy="fail")))
+    waits = [decision for decision in node.decide() if isinstance(decision, Wait)]
+    assert node.redirects == {"b": 1}
+    assert [(wait.reason.code, wait.granted) for wait in waits] == [("unschedulable", 0)]
+
+
+def test_affinity_that_may_spill_prefers_its_node() -> None:
+    node = Node(CPU=2)
+    node.nodes = (view("b", {"CPU": 1}), view("c", {"CPU": 1}))
+    node.want(b"a", 4, spec(strategy=Strategy("node", b"b", True, when_busy="spill")))
+    assert len(node.served()) == 2
+    assert node.redirects == {"b": 1, "c": 1}
+    node.want(b"a", 1)
+    node.release_one(b"a")
+    node.want(b"b", 2, spec(strategy=Strategy("node", b"here", True, when_busy="spill")))
+    node.nodes = (view("b", {"CPU": 1}), view("c", {"CPU": 2}, {"CPU": 0}))
+    assert len(node.served()) == 1
+    assert node.redirects == {}, "the view of b has not changed"
+
+
+def test_fallback_labels_are_for_where_the_first_ones_have_no_room() -> None:
+    node = Node(CPU=2)
+    node.nodes = (
+        view("here", {}, labels={"zone": "eu"}),
+        view("b", {"CPU": 1}, labels={"zone": "us"}),
+        view("c", {"CPU": 2}, labels={"zone": "asia"}),
+        view("d", {"CPU": 9}),
+    )
+    wants = Strategy(labels={"zone": "us"}, fallbacks=[{"zone": "eu"}, {"zone": "asia"}])
+    node.want(b"a", 8, spec(strategy=wants))
+    assert len(node.served()) == 2
+    assert node.redirects == {"b": 1, "c": 2}
+    assert node.scheduler.unmet(b"a", 1) == 3
+    assert "on the 3 nodes that could run it" in node.waits[0][2]
 
 
 def test_labels() -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.scheduling.labels import both, check_selector, matches
 from shoal.scheduling.policy import (
     Busy,
     Choice,
@@ -14,7 +15,6 @@ from shoal.scheduling.policy import (
     Node,
     can_ever_run,
     choose_node,
-    matches_labels,
     rank_nodes,
     utilisation,
 )
@@ -134,14 +134,48 @@ def test_affinity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "matches"),
+    ("wanted", "expected"),
     [("eu", True), ("us", False), ("!us", True), ("!eu", False), ("in(us, eu)", True), ("in(us)", False),
      ("!in(us,eu)", False), ("!in(us)", True)],
 )  # fmt: skip
-def test_labels(wanted: str, matches: bool) -> None:
-    assert matches_labels({"zone": wanted}, {"zone": "eu"}) is matches
-    assert matches_labels({"zone": wanted}, {}) is wanted.startswith("!")
-    assert matches_labels({"zone": wanted, "disk": "ssd"}, {"zone": "eu"}) is False
+def test_labels(wanted: str, expected: bool) -> None:
+    assert matches(check_selector({"zone": wanted}), {"zone": "eu"}) is expected
+    assert matches(check_selector({"zone": wanted}), {}) is wanted.startswith("!")
+    assert matches(check_selector({"zone": wanted, "disk": "ssd"}), {"zone": "eu"}) is False
+
+
+def test_conditions_of_one_key_are_joined_and_own_names_are_the_known_ones() -> None:
+    joined = both({"zone": "in(a,b)"}, {"zone": "!b", "disk": "exists()"})
+    assert [matches(joined, {"zone": zone, "disk": "ssd"}) for zone in "abc"] == [True, False, False]
+    assert not matches(joined, {"zone": "a"})
+    assert matches({"disk": "!exists()"}, {})
+    assert check_selector({"shoal.io/node-id": "a"}) == {"ray.io/node-id": "a"}
+
+
+def test_fallbacks_are_tried_in_order_where_there_is_no_room() -> None:
+    a, b = node("a", {"CPU": 4}, zone="a"), node("b", {"CPU": 4}, zone="b")
+    full = node("a", {"CPU": 4}, {"CPU": 0}, zone="a")
+    wants = Strategy(labels={"zone": "a"}, fallbacks=[{"zone": "x"}, {"zone": "b"}])
+    assert choose({"CPU": 1}, [a, b], wants, local="b") == Node(b"a")
+    assert choose({"CPU": 1}, [full, b], wants) == Node(b"b")
+    assert choose({"CPU": 1}, [b], wants) == Node(b"b")
+    busy = choose({"CPU": 1}, [full, node("b", {"CPU": 2}, {"CPU": 0}, zone="b"), node("c", {"CPU": 8})], wants)
+    assert isinstance(busy, Busy)
+    assert busy.reason.text == "all 6 CPU are busy on the 2 nodes that could run it"
+    never = choose({"CPU": 1}, [node("c", {"CPU": 8})], wants)
+    assert isinstance(never, Infeasible)
+    assert never.reason.text == "no node has the labels zone=a, nor zone=x, nor zone=b"
+
+
+def test_affinity_may_spill_or_fail_when_the_node_is_busy() -> None:
+    full, free = node("a", {"CPU": 4}, {"CPU": 0}), node("b", {"CPU": 4})
+    spills = Strategy("node", b"a", True, when_busy="spill")
+    assert choose({"CPU": 1}, [full, free], spills) == Node(b"b")
+    assert choose({"CPU": 1}, [node("a", {"CPU": 4}, {"CPU": 1}), free], spills) == Node(b"a")
+    failed = choose({"CPU": 1}, [full, free], Strategy("node", b"a", when_busy="fail"))
+    assert isinstance(failed, Infeasible)
+    assert failed.reason.code == "unschedulable"
+    assert failed.reason.text.endswith("has too little CPU free now, and it was told not to wait")
 
 
 def test_labels_limit_the_choice() -> None:
@@ -240,7 +274,7 @@ def test_a_choice_is_always_right(
             assert reason.text
         case Infeasible(reason):
             assert not possible
-            assert reason.code == "infeasible"
+            assert reason.code == ("unschedulable" if strategy.kind == "node" and not strategy.soft else "infeasible")
             assert reason.text
 
 

@@ -1,0 +1,164 @@
+"""Where tasks and actors run, and who goes first: on real nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+import shoal
+from shoal.cluster_utils import Cluster, Node
+from shoal.exceptions import ActorUnschedulableError, TaskUnschedulableError
+from shoal.util.scheduling_strategies import (
+    DoesNotExist,
+    Exists,
+    In,
+    NodeAffinitySchedulingStrategy,
+    NodeLabelSchedulingStrategy,
+    NotIn,
+)
+
+MISSING = "ab" * 28
+
+
+class Trio(NamedTuple):
+    cluster: Cluster
+    head: Node
+    left: Node
+    right: Node
+
+
+@pytest.fixture(scope="module")
+def trio() -> Iterator[Trio]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "labels": {"zone": "a"}})
+    left = cluster.add_node(num_cpus=2, labels={"zone": "b", "disk": "ssd"}, resources={"left": 1})
+    right = cluster.add_node(num_cpus=2, labels={"zone": "c", "disk": "hdd"})
+    cluster.connect()
+    assert cluster.head_node is not None
+    yield Trio(cluster, cluster.head_node, left, right)
+    cluster.shutdown()
+
+
+@shoal.remote(num_cpus=0)
+def where() -> str:
+    return str(shoal.get_runtime_context().get_node_id())
+
+
+@shoal.remote
+class Place:
+    def where(self) -> str:
+        return str(shoal.get_runtime_context().get_node_id())
+
+
+def selected(**options: object) -> str:
+    return str(shoal.get(where.options(**options).remote(), timeout=20))
+
+
+# ----------------------------------------------------------------------------------------------------------- labels
+
+
+def test_label_selectors(trio: Trio) -> None:
+    assert selected(label_selector={"zone": "b"}) == trio.left.node_id
+    assert selected(label_selector={"disk": "!ssd", "zone": "!a"}) == trio.right.node_id
+    assert selected(label_selector={"zone": "in(x, c)"}) == trio.right.node_id
+    assert selected(label_selector={"zone": "!in(a,b)"}) == trio.right.node_id
+    assert selected(label_selector={"ray.io/node-id": trio.left.node_id}) == trio.left.node_id
+    assert selected(label_selector={"shoal.io/node-id": trio.right.node_id}) == trio.right.node_id
+    place = Place.options(label_selector={"disk": "in(ssd)"}).remote()
+    assert shoal.get(place.where.remote(), timeout=20) == trio.left.node_id
+
+
+def test_a_label_that_no_node_has_is_waited_for_and_told(trio: Trio) -> None:
+    ref = where.options(label_selector={"zone": "nowhere"}).remote()
+    with pytest.raises(shoal.exceptions.GetTimeoutError, match="no node has the labels zone=nowhere"):
+        shoal.get(ref, timeout=0.5)
+
+
+def test_fallbacks(trio: Trio) -> None:
+    instead = [{"label_selector": {"zone": "x"}}, {"label_selector": {"zone": "c"}}]
+    assert selected(label_selector={"zone": "nowhere"}, fallback_strategy=instead) == trio.right.node_id
+    place = Place.options(label_selector={"zone": "nowhere"}, fallback_strategy=instead).remote()
+    assert shoal.get(place.where.remote(), timeout=20) == trio.right.node_id
+
+
+def test_a_fallback_is_taken_when_the_first_choice_is_busy(trio: Trio) -> None:
+    on_left = Place.options(num_cpus=2, label_selector={"zone": "b"}).remote()
+    assert shoal.get(on_left.where.remote(), timeout=20) == trio.left.node_id
+    first = {"label_selector": {"zone": "b"}, "fallback_strategy": [{"label_selector": {"zone": "c"}}]}
+    place = Place.options(num_cpus=1, **first).remote()
+    assert shoal.get(place.where.remote(), timeout=20) == trio.right.node_id
+    shoal.kill(on_left)
+    shoal.kill(place)
+
+
+def test_label_strategy(trio: Trio) -> None:
+    def strategy(hard: dict[str, object], soft: dict[str, object] | None = None) -> dict[str, object]:
+        return {"scheduling_strategy": NodeLabelSchedulingStrategy(hard, soft=soft)}  # type: ignore[arg-type]
+
+    assert selected(**strategy({"zone": In("b", "x")})) == trio.left.node_id
+    assert selected(**strategy({"disk": Exists(), "zone": NotIn("b")})) == trio.right.node_id
+    assert selected(**strategy({"disk": DoesNotExist()})) == trio.head.node_id
+    assert selected(**strategy({}, {"zone": In("c")})) == trio.right.node_id
+    assert selected(**strategy({"zone": In("b", "c")}, {"zone": In("a", "c")})) == trio.right.node_id
+    assert selected(**strategy({"zone": In("b")}, {"zone": In("nowhere")})) == trio.left.node_id
+
+
+# --------------------------------------------------------------------------------------------------------- affinity
+
+
+def test_hard_affinity_to_a_node_that_is_not_there_fails(trio: Trio) -> None:
+    hard = NodeAffinitySchedulingStrategy(MISSING, soft=False)
+    refs = [where.options(scheduling_strategy=hard).remote() for _ in range(3)]
+    for ref in refs:
+        with pytest.raises(TaskUnschedulableError, match="abababababab, which it must run on, is not in the cluster"):
+            shoal.get(ref, timeout=20)
+    place = Place.options(scheduling_strategy=hard).remote()
+    with pytest.raises(ActorUnschedulableError, match="is not in the cluster"):
+        shoal.get(place.where.remote(), timeout=20)
+    assert selected(scheduling_strategy=NodeAffinitySchedulingStrategy(MISSING, soft=True))
+
+
+def test_hard_affinity_to_what_a_node_can_never_have_fails(trio: Trio) -> None:
+    hard = NodeAffinitySchedulingStrategy(trio.left.node_id, soft=False)
+    large = where.options(scheduling_strategy=hard, num_cpus=3).remote()
+    elsewhere = where.options(scheduling_strategy=hard, label_selector={"zone": "c"}).remote()
+    with pytest.raises(TaskUnschedulableError, match="has 2 CPU, and it needs 3 CPU"):
+        shoal.get(large, timeout=20)
+    with pytest.raises(TaskUnschedulableError, match="does not have the labels"):
+        shoal.get(elsewhere, timeout=20)
+
+
+def test_affinity_when_the_node_is_busy(trio: Trio) -> None:
+    holder = Place.options(num_cpus=2, label_selector={"zone": "b"}).remote()
+    assert shoal.get(holder.where.remote(), timeout=20) == trio.left.node_id
+    spill = NodeAffinitySchedulingStrategy(trio.left.node_id, soft=True, _spill_on_unavailable=True)
+    fail = NodeAffinitySchedulingStrategy(trio.left.node_id, soft=False, _fail_on_unavailable=True)
+    place = Place.options(num_cpus=1, scheduling_strategy=spill).remote()
+    assert shoal.get(place.where.remote(), timeout=20) != trio.left.node_id
+    with pytest.raises(ActorUnschedulableError, match="told not to wait"):
+        shoal.get(Place.options(num_cpus=1, scheduling_strategy=fail).remote().where.remote(), timeout=20)
+    with pytest.raises(TaskUnschedulableError, match="told not to wait"):
+        shoal.get(where.options(num_cpus=1, scheduling_strategy=fail).remote(), timeout=20)
+    assert selected(num_cpus=1, scheduling_strategy=spill) != trio.left.node_id
+    shoal.kill(holder)
+    shoal.kill(place)
+
+
+# --------------------------------------------------------------------------------------------------- spread, packing
+
+
+@shoal.remote
+def where_after(seconds: float) -> str:
+    time.sleep(seconds)
+    return str(shoal.get_runtime_context().get_node_id())
+
+
+@pytest.mark.timeout(30)
+def test_spread_uses_all_nodes(trio: Trio) -> None:
+    spread = where_after.options(scheduling_strategy="SPREAD")
+    everywhere = {trio.head.node_id, trio.left.node_id, trio.right.node_id}
+    used: set[str] = set()
+    while used != everywhere:  # once the nodes have heard that nothing runs on any of them any more
+        used = set(shoal.get([spread.remote(0.05) for _ in range(6)], timeout=20))
