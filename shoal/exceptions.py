@@ -411,6 +411,35 @@ class TaskCancelledError(ShoalError):
         return self.text or f"task {self.task_id} was cancelled".replace("task  was", "the task was")
 
 
+class TaskTimeoutError(ShoalError, TimeoutError):
+    """A task or method ran for longer than its `timeout_s`, and was ended.
+
+    Args:
+        function_name: for people, "Counter.add" for a method.
+        timeout_s: the limit.
+        pid, ip, node_id: where it ran; `node_id` is hex.
+        goes_on: it belongs to an actor, and nobody can say that it has ended by now.
+    """
+
+    def __init__(
+        self,
+        function_name: str,
+        timeout_s: float = 0.0,
+        pid: int = 0,
+        ip: str = "",
+        node_id: str = "",
+        goes_on: bool = False,
+    ) -> None:
+        super().__init__(function_name, timeout_s, pid, ip, node_id, goes_on)
+        self.function_name, self.timeout_s = function_name, timeout_s
+        self.pid, self.ip, self.node_id, self.goes_on = pid, ip, node_id, goes_on
+
+    def __str__(self) -> str:
+        where = f"pid={self.pid}, ip={self.ip}, node={self.node_id[:12]}"
+        after = "it was told to stop" if self.goes_on else "it was ended"
+        return f"{self.function_name} ran for longer than timeout_s={self.timeout_s:g} ({where}); {after}"
+
+
 class AsyncioActorExit(ShoalError):
     """Leaves an async actor's method when it called `exit_actor()`."""
 

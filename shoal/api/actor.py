@@ -31,6 +31,7 @@ from shoal.api.signatures import ANYTHING, ASYNC_GENERATOR, COROUTINE, GENERATOR
 from shoal.api.words import did_you_mean, not_supported
 from shoal.runtime import slot
 from shoal.runtime.interface import ActorClient, ActorTemplate, MethodTemplate
+from shoal.runtime.retrying import names_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,9 +83,17 @@ class ClassInfo:
         import msgspec
 
         rows = [
-            [name, info.template.num_returns, info.template.max_task_retries, info.shape and info.shape.pack()]
+            [
+                name,
+                template.num_returns,
+                template.max_task_retries,
+                info.shape and info.shape.pack(),
+                template.retry_on,
+                template.timeout_s,
+            ]
             for name, info in self.methods.items()
             if info not in (_READY, _CALL, _TERMINATE)
+            for template in (info.template,)
         ]
         return msgspec.msgpack.encode([self.class_name, rows])
 
@@ -97,10 +106,10 @@ class ClassInfo:
             class_name, rows = msgspec.msgpack.decode(packed)
             methods = {
                 name: MethodInfo(
-                    MethodTemplate(name, f"{class_name}.{name}", num_returns, retries),
+                    MethodTemplate(name, f"{class_name}.{name}", num_returns, retries, tuple(retry_on), timeout_s),
                     None if shape is None else Shape.unpack(shape),
                 )
-                for name, num_returns, retries, shape in rows
+                for name, num_returns, retries, shape, retry_on, timeout_s in rows
             }
             found = cls(class_name, methods)
             if len(_unpacked) >= _MAX_VARIANTS:
@@ -131,7 +140,12 @@ def describe_class(cls: type, *, max_task_retries: int) -> tuple[ClassInfo, bool
             num_returns = _STREAMS if flags & (GENERATOR | ASYNC_GENERATOR) else 1
         retries = marked.get("max_task_retries")
         template = MethodTemplate(
-            name, f"{cls.__name__}.{name}", num_returns, max_task_retries if retries is None else retries
+            name,
+            f"{cls.__name__}.{name}",
+            num_returns,
+            max_task_retries if retries is None else retries,
+            names_of(marked.get("retry_exceptions", False)),
+            marked.get("timeout_s", 0.0),
         )
         methods[name] = MethodInfo(template, shape_of(function, bound=not isinstance(raw, staticmethod)))
     return ClassInfo(cls.__name__, methods), is_async
@@ -185,6 +199,8 @@ class ActorMethod(RemoteCall[P, R_co]):
             settled.get("name") or template.label,
             template.num_returns if num_returns is None else num_returns,
             template.max_task_retries if retries is None else retries,
+            names_of(settled["retry_exceptions"]) if "retry_exceptions" in settled else template.retry_on,
+            settled.get("timeout_s", template.timeout_s),
         )
         return ActorMethod(self._client, MethodInfo(changed, self._info.shape))
 
@@ -228,6 +244,7 @@ def method(
     num_returns: int | None = None,
     max_task_retries: int | None = None,
     retry_exceptions: bool | list[type[BaseException]] | None = None,
+    timeout_s: float | None = None,
     concurrency_group: str | None = None,
     enable_task_events: bool = True,
     tensor_transport: str | None = None,

@@ -132,6 +132,20 @@ class RuntimeContext:
         client = self._runtime.borrow_actor(data.actor_id, b"", weak=True)
         return ActorHandle(client, ClassInfo.unpack(data.actor_handle))
 
+    def is_canceled(self) -> bool:
+        """Whether the current task or method was cancelled, or its `timeout_s` is over: then it should return soon.
+
+        Raises:
+            RuntimeError: not called inside a task or a method, or in an async actor, where `asyncio.CancelledError`
+                says so.
+        """
+        data = self._data
+        if data.is_driver:
+            raise RuntimeError("is_canceled() works only inside a task or a method of an actor")
+        if data.is_cancelled is None:
+            raise RuntimeError("is_canceled() does not work in an async actor; a cancelled call gets CancelledError")
+        return data.is_cancelled
+
     def get(self) -> dict[str, str]:
         """The ids of this place as one dict, without those that it does not have."""
         data = self._data

@@ -75,6 +75,17 @@ def _optional_flag(name: str, value: Any) -> bool | None:
     return None if value is None else _flag(name, value)
 
 
+def _seconds(name: str, value: Any) -> float:
+    """0.0 for None."""
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _wrong(name, "a number of seconds, or None", value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"option {name!r} is a number of seconds above 0, or None for no limit, not {value!r}")
+    return float(value)
+
+
 def _whole(least: int, meaning: str, most: int = 2**31 - 1) -> Check:
     def check(name: str, value: Any) -> int | None:
         if value is None:
@@ -203,6 +214,7 @@ TASK_OPTIONS: Final[Mapping[str, Check]] = {
     "max_calls": _whole(0, "0 (no limit) or more"),
     "max_retries": _whole(-1, "-1 (no limit), 0 or more"),
     "retry_exceptions": _retry_exceptions,
+    "timeout_s": _seconds,
     "_generator_backpressure_num_objects": _later(None, -1),
     "_num_objects_per_yield": _later(None, 1),
 }
@@ -227,6 +239,7 @@ METHOD_OPTIONS: Final[Mapping[str, Check]] = {
     "num_returns": _num_returns,
     "max_task_retries": _whole(-1, "-1 (no limit), 0 or more"),
     "retry_exceptions": _retry_exceptions,
+    "timeout_s": _seconds,
     "enable_task_events": _flag,
     "concurrency_group": _later(None),
     "tensor_transport": _later(None),
@@ -319,6 +332,7 @@ def task_template(function: Callable[..., Any], options: Mapping[str, Any]) -> T
         max_retries=_or(options.get("max_retries"), DEFAULT_MAX_RETRIES),
         retry_exceptions=options.get("retry_exceptions", False),
         max_calls=max_calls,
+        timeout_s=options.get("timeout_s") or 0.0,
         env_vars=options.get("runtime_env"),
     )
 

@@ -11,11 +11,12 @@ counts them.
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -29,7 +30,8 @@ from shoal.objects.serialization import deserialize, serialize
 from shoal.rpc.messages import Failed
 from shoal.runtime.link import WorkerLink
 from shoal.runtime.object_ref import ObjectRef
-from shoal.runtime.task_run import Bound, TaskRun
+from shoal.runtime.retrying import use_retry
+from shoal.runtime.task_run import CANCELLED_STAGES, Bound, TaskRun
 
 if TYPE_CHECKING:
     from shoal.runtime.core import CoreRuntime
@@ -83,6 +85,7 @@ class Connection:
         self._link: WorkerLink | None = None
         self._asked = False
         self._unknown_since = 0.0
+        self._alone: TaskRun | None = None  # is sent, may be tried again, and nothing may overtake it
         self._unsure: list[TaskRun] = []  # sent over a connection that broke: control says what became of the actor
 
     @property
@@ -164,28 +167,31 @@ class Connection:
     def _lose_link(self) -> None:
         link, self._link = self._link, None
         if link is not None:
-            self._unsure.extend(link.take_back())
+            self._take_back(link)
             link.close()
+
+    def _take_back(self, link: WorkerLink) -> None:
+        self._alone = None
+        self._unsure.extend(link.take_back())
 
     def _settle_unsure(self) -> None:
         """What becomes of calls whose process is gone, by what control has said of the actor."""
         if self.info.state == "dead":
-            self._fail(self._unsure)
+            self._fail(self._runtime.canceller.without_cancelled(self._unsure))
             self._unsure = []
         elif self.info.state != "alive":
             self._retry_or_fail()
 
     def _retry_or_fail(self) -> None:
         """Calls that an incarnation took with it: again, in front and in order, if retries allow; else they fail."""
-        unsure, self._unsure = self._unsure, []
+        unsure, self._unsure = self._runtime.canceller.without_cancelled(self._unsure), []
         again = []
         for run in unsure:
             if run.retries == 0:
                 text = f"{self.label} ended while {run.bound.name} was on its way or running, and is being restarted"
                 self._runtime.fail_with(run, exceptions.ActorUnavailableError(text, self._actor_id.hex()))
                 continue
-            if run.retries > 0:
-                run.retries -= 1
+            use_retry(self._runtime, run, f"{self.label} ended")
             run.stage = "queued"
             again.append(run)
         self._queue.extendleft(reversed(again))
@@ -227,7 +233,7 @@ class Connection:
         if link is None or link.closed:
             return
         queue = self._queue
-        while queue and len(link.running) < WINDOW:
+        while queue and self._alone is None and len(link.running) < WINDOW:
             run = queue[0]
             if run.stage == "arguments":
                 if not self.any_order:
@@ -236,6 +242,8 @@ class Connection:
                 continue
             queue.popleft()
             link.send(run)
+            if run.bound.retry_on and run.retries and not self.any_order:
+                self._alone = run
 
     def arguments_ready(self, run: TaskRun) -> None:
         """What the call waited for is here."""
@@ -253,7 +261,22 @@ class Connection:
             return  # it was not in the queue: it had been sent
         self._runtime.reactor.call_soon(self.pump)
 
-    def run_ended(self, _run: TaskRun) -> None:
+    def queued(self) -> Iterator[TaskRun]:
+        """What waits here."""
+        return itertools.chain(self._queue, self._parked.values())
+
+    def retry(self, run: TaskRun) -> None:
+        """User code raised what is to be tried again."""
+        self._alone = None
+        self._queue.appendleft(run)
+        self.pump()
+
+    def worker_leaves(self) -> None:
+        """Control says what becomes of an actor."""
+
+    def run_ended(self, run: TaskRun) -> None:
+        if self._alone is run:
+            self._alone = None
         if self._queue:
             self.pump()
 
@@ -265,7 +288,7 @@ class Connection:
         if self._link is not link:
             return
         self._link = None
-        self._unsure.extend(link.take_back())
+        self._take_back(link)
         logger.debug("lost actor=%s: %s", self._actor_id.hex(), reason)
         if self.info.state != "alive":
             self._settle_unsure()
@@ -279,7 +302,7 @@ class Connection:
 
     def why(self, run: TaskRun) -> str:
         """What a call waits for."""
-        if run.stage == "sent":
+        if run.stage in ("sent", *CANCELLED_STAGES):
             return f"it is running or queued in {self.label} (pid {self.info.pid})"
         if self.info.state == "alive":
             what = "is being connected to" if self._link is None else "is busy with earlier calls"
@@ -382,9 +405,13 @@ class ActorManager:
             self.bounds.clear()
         bound = Bound(
             self.runtime, method.label, method.label, method.num_returns, method=method.name,
-            max_retries=method.max_task_retries,
+            max_retries=method.max_task_retries, retry_on=method.retry_on, timeout_s=method.timeout_s,
         )  # fmt: skip
         return self.bounds.setdefault(method, bound)
+
+    def queued(self) -> Iterator[TaskRun]:
+        """Calls that wait for an actor."""
+        return itertools.chain.from_iterable(one.queued() for one in list(self._connections.values()))
 
     def _connect(self, actor_id: bytes, label: str) -> Connection:
         connection = self._connections.get(actor_id)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 import msgspec
@@ -170,6 +170,12 @@ class ActorInstance:
 
     def current_call(self) -> Call | None:
         return None
+
+    def running_calls(self) -> Sequence[Call]:
+        return self._runner.running_calls()
+
+    def interrupt(self, call: Call) -> bool:
+        return False  # it asks `is_canceled()`, or not
 
     def leave(self) -> NoReturn:
         """`exit_actor()`, on whatever thread of this process calls it: leaves the method by an exception."""

@@ -15,6 +15,8 @@ import contextvars
 import inspect
 import logging
 import threading
+import time
+from collections.abc import Sequence
 from typing import Final
 
 from shoal.node.messages import BeginActor
@@ -44,6 +46,7 @@ class AsyncActor(ActorInstance):
         self._waking = False  # the loop was told to look at what arrived
         self._waiting: collections.deque[Call] = collections.deque()  # for a slot
         self._tasks: set[asyncio.Task[None]] = set()
+        self._running: dict[Call, asyncio.Task[None]] = {}
         self._unflushed: set[Caller] = set()
         self._end_cause = ""
         self._end_task: asyncio.Task[None] | None = None
@@ -127,23 +130,28 @@ class AsyncActor(ActorInstance):
     async def _run_call(self, call: Call) -> None:
         runner = self._runner
         _call.set(call)
+        call.started = time.perf_counter()
+        self._running[call] = asyncio.current_task()  # type: ignore[assignment]
+        timed = call.target.template.timeout_s
         reply: Finished | Ended | None
         try:
-            if call.problem is not None:
-                reply = runner.failed(call, call.problem)
-            else:
+            reply = None if call.problem is None and not call.caller.dropped else runner.refused(call)
+            if reply is None:
+                if timed:
+                    runner.endings.begin(call)
                 function = call.target.function or runner.load(call.target)
                 args, kwargs = call.arguments()
                 value = function(*args, **kwargs)
                 if inspect.isawaitable(value):
                     value = await value
-                reply = runner.reply(call, value)
+                reply = runner.reply(call, value) if not timed else runner.reply_in_time(call, value)
                 del args, kwargs, value
         except BaseException as exc:  # noqa: BLE001 - the boundary of user code
             reply = runner.raised(call, exc) if not self.leaving else None
         call.values = []
+        del self._running[call]
         if reply is None:
-            return  # the actor's end is the answer
+            return  # the actor's end is the answer, or the caller has one already
         runner.post(call, reply)
         if not self._unflushed:
             self._loop.call_soon(self._flush)
@@ -155,6 +163,21 @@ class AsyncActor(ActorInstance):
 
     def current_call(self) -> Call | None:
         return _call.get()
+
+    def running_calls(self) -> Sequence[Call]:
+        return tuple(self._running)
+
+    def interrupt(self, call: Call) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(self._cancel, call)
+        except RuntimeError:
+            return False  # the loop is closed
+        return True
+
+    def _cancel(self, call: Call) -> None:
+        task = self._running.get(call)
+        if task is not None:
+            task.cancel()
 
     def _about_to_block(self) -> None:
         if not self._warned and threading.current_thread() is threading.main_thread():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from shoal.node.messages import ERROR, INLINE, STORED, ObjectState, Resolved
 from shoal.objects.ids import task_prefix
@@ -20,16 +20,23 @@ from shoal.runtime.task_run import Placeholder
 
 if TYPE_CHECKING:
     from shoal.runtime.core import CoreRuntime
+    from shoal.runtime.endings import Ending
+
+MAX_DROPPED: Final = 10_000
+"""As many as one caller may have sent to an actor."""
 
 
 class Caller:
     """One owner's connection.
 
     Attributes:
+        dropped: counters of calls that were cancelled before they began, so that they never do.
         flush_due: the reactor will flush what was posted to it; set by any thread, cleared by the reactor just before.
     """
 
-    __slots__ = ("channel", "flush_due", "handover", "held", "job_id", "node_id", "prefix", "targets", "worker_id")
+    __slots__ = (
+        "channel", "dropped", "flush_due", "handover", "held", "job_id", "node_id", "prefix", "targets", "worker_id",
+    )  # fmt: skip
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -41,6 +48,13 @@ class Caller:
         self.handover: dict[int, list[Any]] = {}  # by counter: refs in results, kept until the owner counts them
         self.held: collections.deque[Call] = collections.deque()  # see `Executor`
         self.flush_due = False
+        self.dropped: dict[int, None] = {}
+
+    def drop(self, counter: int) -> None:
+        """Never run this call. The oldest such wish may be forgotten: its owner does not care for the result then."""
+        self.dropped[counter] = None
+        if len(self.dropped) > MAX_DROPPED:
+            del self.dropped[next(iter(self.dropped))]
 
     def introduce(self, message: Introduce) -> None:
         self.worker_id, self.job_id, self.node_id = message.worker_id, message.job_id, message.node_id
@@ -126,12 +140,21 @@ class Arrival:
 
 
 class Call(Arrival):
-    """One call on its way through this worker. `started`: the performance counter when it began; 0.0 before."""
+    """One call on its way through this worker.
 
-    __slots__ = ("caller", "started", "target")
+    Attributes:
+        started: the performance counter when it began, 0.0 before. No two calls of a process begin at the same time.
+        ending: why it is to end before it does so by itself. Set by the reactor's thread only.
+        deadline: on the monotonic clock; only for those with `timeout_s`.
+    """
+
+    __slots__ = ("caller", "deadline", "ending", "started", "target")
+
+    deadline: float
 
     def __init__(self, caller: Caller, target: Target, message: Run) -> None:
         super().__init__(message)
         self.caller = caller
         self.target = target
         self.started = 0.0
+        self.ending: Ending | None = None

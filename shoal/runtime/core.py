@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from shoal import exceptions
@@ -27,12 +27,14 @@ from shoal.node.messages import (
 )
 from shoal.objects.serialization import serialize
 from shoal.runtime.actor_client import ActorManager, Client
+from shoal.runtime.cancelling import Canceller
 from shoal.runtime.leases import TaskManager
 from shoal.runtime.link import WorkerLink
 from shoal.runtime.messages import Argument
 from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.references import INLINE_BYTES, error_state
-from shoal.runtime.task_run import Bound, Placeholder, TaskRun
+from shoal.runtime.retrying import names_of
+from shoal.runtime.task_run import CANCELLED_STAGES, Bound, Placeholder, TaskRun
 from shoal.runtime.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -57,19 +59,22 @@ class CoreRuntime(Waiting):
     Attributes:
         depth: nesting of the calls that are submitted from here.
         leave_actor: what `exit_actor()` does; None outside of an actor.
+        find_parent: `Call.started` of the call that the calling code belongs to; None in a driver.
     """
 
     def __init__(self, *, worker_id: bytes, token: bytes, is_driver: bool, name: str) -> None:
         super().__init__(worker_id=worker_id, token=token, is_driver=is_driver, name=name)
         self.depth = 0
         self.leave_actor: Callable[[], None] | None = None
+        self.find_parent: Callable[[], float] | None = None
+        self.canceller = Canceller(self)
         self.tasks: TaskManager
         self.actors = ActorManager(self)
         self.on_actor_update = self.actors.update
         self.on_lease_message = lambda message: self.tasks.from_agent(self.tasks.local, message)
         self._submitted: collections.deque[TaskRun] = collections.deque()
         self._draining = False
-        self._drain_call = (self._drain, ())
+        self._drain_call = (self.drain, ())
         self._links: dict[bytes, WorkerLink] = {}
 
     def take_registration(self, answer: ProcessRegistered) -> None:
@@ -103,6 +108,8 @@ class CoreRuntime(Waiting):
             ),
             max_retries=template.max_retries,
             max_calls=template.max_calls or (1 if template.resources.get("GPU") else 0),
+            retry_on=names_of(template.retry_exceptions),
+            timeout_s=template.timeout_s,
         )
         template.bound = bound
         return bound
@@ -155,6 +162,8 @@ class CoreRuntime(Waiting):
         """Hand the call to the reactor. If this process is interrupted before the append, nothing has happened."""
         if self.closed:
             self.check_open()
+        if self.find_parent is not None:
+            run.parent = self.find_parent()
         refs = run.refs
         if type(refs) is ObjectRef:
             refs.task = run
@@ -210,7 +219,8 @@ class CoreRuntime(Waiting):
         if dependencies:
             run.dependencies = dependencies
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Take in what users' threads have submitted. Reactor's thread only, like all that follows."""
         self._draining = False
         submitted = self._submitted
         for _ in range(len(submitted)):
@@ -239,9 +249,12 @@ class CoreRuntime(Waiting):
                 run.missing += 1
                 self.watch(ref, run)
         run.missing -= 1
+        if run.missing and run.client is None:
+            self.canceller.blocked.add(run)
         return run.missing == 0 and self._fill_arguments(run)
 
     def arguments_ready(self, run: TaskRun) -> None:
+        self.canceller.blocked.discard(run)
         if self._fill_arguments(run):
             if run.client is not None:
                 run.client.arguments_ready(run)
@@ -315,17 +328,18 @@ class CoreRuntime(Waiting):
         self.fail_with(run, exceptions.WorkerCrashedError(text, code, exit.signal or None, exit.tail))
 
     def cancel(self, ref: ObjectRef[Any], *, force: bool, recursive: bool) -> None:
-        """Drop the call if it has not begun. One that runs is left alone: see `exceptions.TaskCancelledError`."""
-        self.reactor.call_soon(self._cancel, ref)
+        """See `cancelling`. By a user's thread.
 
-    def _cancel(self, ref: ObjectRef[Any]) -> None:
+        Raises:
+            ValueError: `force` for a call of an actor.
+        """
         run = ref.task
-        if run is None or ref.state != PENDING:
-            return
-        if run.stage == "queued" and run.client is None and not self.tasks.cancel(run):
-            return
-        if run.stage in ("arguments", "queued"):
-            self.fail_with(run, exceptions.TaskCancelledError(ref.task_id().hex()))
+        if force and run is not None and run.client is not None:
+            raise ValueError(
+                f"force=True ends the worker process, and that of {run.bound.name} is an actor, which others may use; "
+                "cancel the call without it, or end the actor with kill()"
+            )
+        self.reactor.call_soon(self.canceller.cancel, ref, force, recursive)
 
     # ------------------------------------------------------------------------------------------- why one waits
 
@@ -343,12 +357,15 @@ class CoreRuntime(Waiting):
             return f"{len(missing)} of its arguments are not ready, the first of which is {inner}"
         if run.client is not None:
             return str(run.client.why(run))
-        if run.stage == "sent":
+        if run.stage in ("sent", *CANCELLED_STAGES):
             return "it is running"
         reason = self.tasks.class_of(run).reason
         return reason.text if reason is not None else "a worker is being started for it"
 
     # ---------------------------------------------------------------------------------------------- links, actors
+
+    def links(self) -> Collection[WorkerLink]:
+        return self._links.values()
 
     def link_to(self, address: WorkerAddress) -> WorkerLink:
         link = self._links.get(address.worker_id)

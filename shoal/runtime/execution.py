@@ -16,9 +16,11 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol
+
+import msgspec
 
 from shoal import exceptions
 from shoal.node.messages import ERROR, INLINE, STORED, ObjectState
@@ -28,8 +30,10 @@ from shoal.rpc.frames import encode_message
 from shoal.runtime import worker_exit, worker_output
 from shoal.runtime.calls import Call, Caller, Target
 from shoal.runtime.core import INLINE_BYTES, CoreRuntime
+from shoal.runtime.endings import Endings, dropped_state
 from shoal.runtime.messages import Ended, Finished, Pace
 from shoal.runtime.process_title import ProcessTitle
+from shoal.runtime.retrying import covers, describe
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +81,8 @@ class CallRunner:
         self.actor: Actor | None = None
         self.running: Call | None = None
         self.title = ProcessTitle(runtime.reactor, self._running_target)
-        self._on_thread = threading.local()
+        self.calls: dict[int, Call] = {}  # that run now, by thread
+        self.endings = Endings(runtime, self.running_calls)
         self._functions: dict[bytes, Callable[..., Any]] = {}  # by code: many callers may send the same
         self._handing_over: set[Caller] = set()  # those that have not counted the references in some result
         self._all_taken: threading.Event | None = None  # somebody waits for that
@@ -107,25 +112,34 @@ class CallRunner:
             self.flush(caller)
         if target is not self.title.shown:
             self.title.show(target, begin)
-        self._on_thread.call = call
+        thread = threading.get_ident()
+        self.calls[thread] = call
         self.runtime.depth = target.template.depth + 1
         call.started = begin
+        timed = target.template.timeout_s
+        interrupts = self.endings.interrupts
         reply: Finished | Ended | None
         try:
-            if call.problem is not None:
-                reply = self.failed(call, call.problem)
-            else:
+            reply = None if call.problem is None and not caller.dropped else self.refused(call)
+            if reply is None:
+                if timed:
+                    self.endings.begin(call)
+                interrupts.user_call = call
+                if call.ending is not None:
+                    raise KeyboardInterrupt  # before there was anything to interrupt
                 function = target.function or self.load(target)
                 args, kwargs = call.arguments()
                 value = function(*args, **kwargs)
+                interrupts.user_call = None
                 args = kwargs = None  # type: ignore[assignment]  # what they pinned goes before the owner hears of the end
-                reply = self.reply(call, value)
+                reply = self.reply(call, value) if not timed else self.reply_in_time(call, value)
                 value = None
         except BaseException as exc:  # noqa: BLE001 - the boundary of user code
+            interrupts.user_call = None  # first, with no call before it: see `interrupts`
             reply = self.raised(call, exc)
         self._measure(target, caller, time.perf_counter() - begin)
         call.values = []
-        self._on_thread.call = None
+        del self.calls[thread]
         if target.template.max_calls:
             target.uses += 1
             if target.uses >= target.template.max_calls:
@@ -137,6 +151,10 @@ class CallRunner:
         template = call.target.template
         # First the agent: once the owner has its result it returns the lease, and nobody must be given this worker.
         worker_exit.announce(self.runtime, f"{template.name} ran max_calls={template.max_calls} times here")
+        if type(reply) is Finished:
+            reply = Ended(reply.counter, [ObjectState(INLINE, reply.payload)], leaving=True)
+        elif reply is not None:
+            msgspec.structs.force_setattr(reply, "leaving", True)
         if reply is not None:
             self.post(call, reply)
         self.flush(call.caller)
@@ -262,6 +280,21 @@ class CallRunner:
         if not self._handing_over:
             taken.set()
 
+    def refused(self, call: Call) -> Ended | None:
+        """The answer to a call that will not run: an argument failed, or its owner cancelled it. None: it will."""
+        if call.problem is not None:
+            return self.failed(call, call.problem)
+        if call.message.counter in call.caller.dropped:
+            return self.failed(call, dropped_state(call.caller, call.message.counter))
+        return None
+
+    def reply_in_time(self, call: Call, value: Any) -> Finished | Ended | None:
+        """As `reply`, unless the call's time was over before its code was."""
+        ending = self.endings.over(call)
+        if ending is not None and ending.timed_out:
+            return self.endings.reply(call, ending, None)
+        return self.reply(call, value)
+
     def failed(self, call: Call, state: ObjectState) -> Ended:
         """An argument failed: so does the call, with the same error."""
         return Ended(call.message.counter, [state])
@@ -271,6 +304,9 @@ class CallRunner:
         template = call.target.template
         if isinstance(exc, ActorExit):
             return None
+        ending = self.endings.over(call)
+        if ending is not None:
+            return self.endings.reply(call, ending, exc)
         if isinstance(exc, SystemExit):
             self.flush(call.caller)
             code = worker_exit.status_of(exc)
@@ -280,7 +316,8 @@ class CallRunner:
             self.actor.exit(code)
             return None
         error = exceptions.TaskError.from_exception(exc, **self.where(template.function_name))
-        return Ended(call.message.counter, [ObjectState(ERROR, serialize(error).flatten())])
+        retry = describe(exc) if covers(template.retry_on, exc) else ""
+        return Ended(call.message.counter, [ObjectState(ERROR, serialize(error).flatten())], retry=retry)
 
     def where(self, function_name: str) -> dict[str, Any]:
         """What a `TaskError` says besides its traceback."""
@@ -333,10 +370,27 @@ class CallRunner:
 
     def current_call(self) -> Call | None:
         """The call that the calling code belongs to; None in threads that user code made."""
-        found: Call | None = getattr(self._on_thread, "call", None)
+        found = self.calls.get(threading.get_ident())
         if found is None and self.actor is not None:
             found = self.actor.current_call()
         return found
+
+    def running_calls(self) -> Sequence[Call]:
+        """Those that run on threads. Any thread."""
+        return tuple(self.calls.values())
+
+    def begin_of_caller(self) -> float:
+        """When the call began that the calling code belongs to: names it; 0.0 for none. Any thread.
+
+        Threads that user code made belong to the call of the main thread, where there is only one at a time.
+        """
+        call = self.current_call() or self.running
+        return call.started if call is not None else 0.0
+
+    def is_cancelled(self) -> bool:
+        """Whether the call that the calling code belongs to is to end. Any thread."""
+        call = self.current_call() or self.running
+        return call is not None and call.ending is not None
 
     def _running_target(self) -> Target | None:
         call = self.running
@@ -346,5 +400,5 @@ class CallRunner:
         """What is running on this thread, for the log's prefix."""
         if self.actor is not None:
             return self.actor.label
-        call: Call | None = getattr(self._on_thread, "call", None) or self.running
+        call = self.calls.get(threading.get_ident()) or self.running
         return call.target.template.name if call is not None else ""

@@ -58,6 +58,7 @@ class Executor:
         runtime.on_agent_message = self._from_agent
         runtime.before_blocking = self._hand_back_queue
         runtime.describe_context = self.context
+        runtime.find_parent = self.runner.begin_of_caller
 
     def listen(self, socket_path: str) -> None:
         """Let callers in."""
@@ -105,7 +106,7 @@ class Executor:
         elif kind is Taken:
             self.runner.taken(caller, message.counter)
         elif kind is Cancel:
-            logger.debug("a call that was sent cannot be cancelled yet counter=%s", message.counter)
+            self.runner.endings.cancel(caller, message)
 
     def _arrived(self, caller: Caller, call: Call) -> None:
         if call.message.arguments:
@@ -225,7 +226,7 @@ class Executor:
         if options.is_async:
             kind = AsyncActor
         actor = kind(self.runner, begin, options)
-        self._actor = self.runner.actor = actor
+        self._actor = self.runner.actor = self.runner.endings.actor = actor
         self.runner.queue.put(None)  # the main thread stops taking tasks
 
     def _end_actor(self, cause: str) -> None:
@@ -241,6 +242,7 @@ class Executor:
     def context(self) -> ContextData:
         """Of the calling thread or task."""
         runtime, call, actor = self.runtime, self.runner.current_call(), self._actor
+        cancelled = None if isinstance(actor, AsyncActor) else self.runner.is_cancelled()
         task_id = b""
         name = function_name = ""
         assigned = dict(actor.spec.resources) if actor is not None else {}
@@ -254,7 +256,7 @@ class Executor:
             actor_name=actor.spec.name if actor else "", namespace=runtime.job.namespace, node_ip=runtime.node_ip,
             control_address=runtime.node_address, session_dir=runtime.session_dir, assigned=assigned,
             devices=self._devices, restarts=actor.restarts if actor else 0, env_vars=self._env_vars, is_driver=False,
-            actor_handle=actor.spec.handle if actor else b"",
+            actor_handle=actor.spec.handle if actor else b"", is_cancelled=cancelled,
         )  # fmt: skip
 
 

@@ -27,7 +27,8 @@ class TaskTemplate:
         name: for people; default is the function's qualified name.
         num_returns: 0 (`remote` returns None), 1 (a ref) or n (a list of refs).
         resources: what one running call holds.
-        max_retries: accepted; -1 is unlimited.
+        max_retries: -1 is unlimited.
+        timeout_s: how long a call may run, 0.0 for ever.
         env_vars: of the task's runtime_env, merged over the job's.
         priority: among what waits, higher first; None is that of the task it is submitted from, else 0.
     """
@@ -44,6 +45,7 @@ class TaskTemplate:
         "resources",
         "retry_exceptions",
         "strategy",
+        "timeout_s",
     )
 
     def __init__(
@@ -57,6 +59,7 @@ class TaskTemplate:
         max_retries: int = 3,
         retry_exceptions: bool | tuple[type[BaseException], ...] = False,
         max_calls: int = 0,
+        timeout_s: float = 0.0,
         env_vars: Mapping[str, str] | None = None,
         priority: int | None = None,
     ) -> None:
@@ -69,6 +72,7 @@ class TaskTemplate:
         self.max_retries = max_retries
         self.retry_exceptions = retry_exceptions
         self.max_calls = max_calls
+        self.timeout_s = timeout_s
         self.env_vars = dict(env_vars or {})
         self.bound: Any = None
 
@@ -146,12 +150,17 @@ class ActorTemplate:
 
 @dataclass(frozen=True, slots=True)
 class MethodTemplate:
-    """A method of an actor with its options. `name` is the attribute; `label` is for people ("Counter.add")."""
+    """A method of an actor with its options. `name` is the attribute; `label` is for people ("Counter.add").
+
+    `retry_on`: errors that are tried again, as `retrying.names_of` gives them. `timeout_s`: as for tasks.
+    """
 
     name: str
     label: str
     num_returns: int = 1
     max_task_retries: int = 0
+    retry_on: tuple[str, ...] = ()
+    timeout_s: float = 0.0
 
 
 class ActorClient(Protocol):
@@ -190,6 +199,7 @@ class ContextData:
     env_vars: Mapping[str, str] = field(default_factory=dict)
     is_driver: bool = True
     actor_handle: bytes = b""  # of the current actor, as `ActorTemplate.handle`
+    is_cancelled: bool | None = None  # the current call is to end; None where nobody can say
 
 
 class Runtime(Protocol):
@@ -209,7 +219,9 @@ class Runtime(Protocol):
 
     def list_actors(self, *, named_only: bool, namespace: str) -> list[ActorInfo]: ...
     def kill_actor(self, actor_id: bytes, *, no_restart: bool) -> None: ...
-    def cancel(self, ref: ObjectRef[Any], *, force: bool, recursive: bool) -> None: ...
+    def cancel(self, ref: ObjectRef[Any], *, force: bool, recursive: bool) -> None:
+        """Raises ValueError when `force` is meant for a call of an actor."""
+
     def put(self, value: Any) -> ObjectRef[Any]: ...
     def get(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None) -> list[Any]:
         """Values in the order of `refs`; raises the first error found, GetTimeoutError after `timeout_s`."""

@@ -10,8 +10,10 @@ there is work and returned `IDLE_S` to twice that after there is none, or at onc
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -33,7 +35,8 @@ from shoal.node.messages import (
 from shoal.rpc.frames import make_decoder
 from shoal.rpc.reactor import Channel, Timer
 from shoal.runtime.link import WorkerLink
-from shoal.runtime.task_run import TaskRun
+from shoal.runtime.retrying import use_retry
+from shoal.runtime.task_run import CANCELLED_STAGES, TaskRun
 from shoal.scheduling.views import WaitReason
 
 if TYPE_CHECKING:
@@ -71,6 +74,7 @@ class Lease:
         "exit",
         "idle_since",
         "lease_id",
+        "leaving",
         "link",
         "load_s",
         "used",
@@ -89,6 +93,7 @@ class Lease:
         self.broken = ""
         self.exit: WorkerExit | None = None  # the worker has ended, and what it said before is not all read yet
         self.used = False
+        self.leaving = False  # its worker ends on purpose: no call is to blame for that
         self.yielding = False  # others wait for it: nothing more is sent, and it goes back when it has run dry
 
     @property
@@ -113,6 +118,15 @@ class Lease:
             self.cls.queue.appendleft(run)
         self.cls.held_up = True
         self.cls.pump_soon()
+
+    def retry(self, run: TaskRun) -> None:
+        """User code raised what is to be tried again. Behind all others: a call that never succeeds holds nobody up."""
+        self.run_ended(run)
+        self.cls.queue.append(run)
+
+    def worker_leaves(self) -> None:
+        self.leaving = True
+        self.broken = self.broken or "its worker ends"
 
     def ended(self, exit: WorkerExit) -> None:
         """The agent says that the worker ended. Results that it sent before may still be on their way."""
@@ -338,16 +352,22 @@ class SchedulingClass:
         """
         self._drop(lease)
         runs = lease.link.take_back()
+        # Sure: the one that ran is known, and is none of those that are to run again.
+        sure = lease.leaving or (bool(runs) and runs[0].stage in CANCELLED_STAGES)
+        if runs:
+            runs = self.tasks.runtime.canceller.without_cancelled(runs, exit, lease.link)
         lease.link.close()
         if lease.agent is not self.tasks.local and lease.agent in self.elsewhere:
             self.elsewhere[lease.agent] = max(0, self.elsewhere[lease.agent] - 1)
-        if runs and (len(runs) == 1 or runs[0].suspect or runs[0].bound.max_retries == 0):
+        if sure:
+            pass
+        elif runs and (len(runs) == 1 or runs[0].suspect or runs[0].bound.max_retries == 0):
             first = runs[0]
             if first.retries == 0:
                 self.tasks.runtime.fail_crashed(first, exit, lease.link.address)
                 del runs[0]
-            elif first.retries > 0:
-                first.retries -= 1
+            else:
+                use_retry(self.tasks.runtime, first, f"its worker ended: {exit.cause or 'nobody knows why'}")
         else:
             for run in runs:
                 if run.bound.max_retries == 0:
@@ -477,12 +497,19 @@ class TaskManager:
     def lose(self, lease: Lease, exit: WorkerExit) -> None:
         lease.cls.lost(lease, exit)
 
-    def cancel(self, run: TaskRun) -> bool:
-        """Take a call out of its queue. False when it is not there (it was sent, or waits for arguments)."""
-        cls = self.class_of(run)
-        try:
+    def withdraw(self, run: TaskRun) -> None:
+        """Take a call out of its queue, if it is there: it may wait for arguments."""
+        if run.stage == "queued":
+            cls = self.class_of(run)
             cls.queue.remove(run)
-        except ValueError:
-            return False
-        cls.pump_soon()  # less is wanted now
-        return True
+            cls.pump_soon()  # less is wanted now
+
+    def queued(self) -> Iterator[TaskRun]:
+        return itertools.chain.from_iterable(cls.queue for cls in self._by_id)
+
+    def end_worker(self, link: WorkerLink, cause: str) -> None:
+        """Have the agent end a leased worker that does not do so itself."""
+        lease = link.sink
+        if isinstance(lease, Lease) and not lease.exit:
+            lease.agent.channel.send(ReturnLease(lease.lease_id, broken=True))
+            self.lose(lease, WorkerExit(cause=cause))

@@ -10,6 +10,7 @@ from shoal.rpc.frames import encode_message, make_decoder
 from shoal.rpc.reactor import Channel
 from shoal.runtime.messages import Cancel, Ended, Finished, HandedBack, Introduce, Pace, Run, Taken, ToOwner
 from shoal.runtime.object_ref import ObjectRef
+from shoal.runtime.retrying import use_retry
 from shoal.runtime.task_run import Bound, TaskRun
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class Sink(Protocol):
 
     def run_ended(self, run: TaskRun) -> None: ...
     def handed_back(self, runs: list[TaskRun]) -> None: ...
+    def retry(self, run: TaskRun) -> None: ...
+    def worker_leaves(self) -> None: ...
     def link_closed(self, link: WorkerLink, reason: Exception) -> None: ...
 
 
@@ -86,8 +89,8 @@ class WorkerLink:
                 self.runtime.follow(ref)
         return runs
 
-    def cancel(self, run: TaskRun) -> None:
-        self.channel.send(Cancel(run.counter))
+    def cancel(self, run: TaskRun, *, force: bool, recursive: bool) -> None:
+        self.channel.send(Cancel(run.counter, force, recursive))
 
     def _message(self, _channel: Channel, message: Any) -> None:
         kind = type(message)
@@ -98,19 +101,32 @@ class WorkerLink:
                 if (sink := self.sink) is not None:
                     sink.run_ended(run)
         elif kind is Ended:
-            run = self.running.pop(message.counter, None)
-            if run is not None:
-                self.runtime.finish(run, message.results)
-                if message.handover:
-                    self.runtime.after_uses(lambda: self.channel.send(Taken(message.counter)))
-                if (sink := self.sink) is not None:
-                    sink.run_ended(run)
+            self._ended(message)
         elif kind is Pace:
             self._bounds[message.template_id].pace_s = message.seconds
         elif kind is HandedBack:
             runs = [run for counter in message.counters if (run := self.running.pop(counter, None)) is not None]
+            runs = self.runtime.canceller.without_cancelled(runs)
             if (sink := self.sink) is not None:
                 sink.handed_back(runs)
+
+    def _ended(self, message: Ended) -> None:
+        sink = self.sink
+        if message.leaving and sink is not None:
+            sink.worker_leaves()
+        run = self.running.pop(message.counter, None)
+        if run is None:
+            return  # a second answer: see `endings`
+        if message.retry and run.retries and sink is not None:
+            use_retry(self.runtime, run, f"it raised {message.retry}")
+            run.stage = "queued"
+            sink.retry(run)
+            return
+        self.runtime.finish(run, message.results)
+        if message.handover:
+            self.runtime.after_uses(lambda: self.channel.send(Taken(message.counter)))
+        if sink is not None:
+            sink.run_ended(run)
 
     def _closed(self, _channel: Channel, reason: Exception) -> None:
         self.runtime.forget_link(self)

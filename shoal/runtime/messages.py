@@ -18,7 +18,8 @@ class Introduce(Message, frozen=True, tag=300):
 class Template(Message, frozen=True, tag=301):
     """What calls with this `template_id` on this connection have in common. `code`: flat pickled function; empty for a
     method of the actor that lives there, named `method`. `once`: a call must not run twice, so its owner must know
-    which one was running when the worker crashes: no result is held back before or after it."""
+    which one was running when the worker crashes: no result is held back before or after it. `timeout_s`: how long a
+    call may run, 0.0 for ever. `retry_on`: errors that are tried again (`retrying.names_of`)."""
 
     template_id: int
     name: str  # of the task, for people
@@ -30,6 +31,8 @@ class Template(Message, frozen=True, tag=301):
     resources: dict[str, int] = {}
     max_calls: int = 0
     once: bool = False
+    timeout_s: float = 0.0
+    retry_on: list[str] = []
 
 
 class Argument(Message, frozen=True, tag=302):
@@ -62,11 +65,14 @@ class Finished(Message, frozen=True, tag=304):
 
 class Ended(Message, frozen=True, tag=305):
     """Results in order (1..num_returns), or one ERROR that holds for all. `handover`: the worker keeps what the results
-    contain alive until it hears `Taken`."""
+    contain alive until it hears `Taken`. `leaving`: the worker ends on purpose; what else was sent to it has not begun.
+    `retry`: not empty when `retry_on` covers the error: what it is, in a line."""
 
     counter: int
     results: list[ObjectState]
     handover: bool = False
+    leaving: bool = False
+    retry: str = ""
 
 
 class Pace(Message, frozen=True, tag=306):
@@ -90,9 +96,12 @@ class Taken(Message, frozen=True, tag=308):
 
 
 class Cancel(Message, frozen=True, tag=309):
-    """Drop the task if it has not started, else interrupt it."""
+    """Drop the call if it has not begun, else interrupt it; `force`: by ending the process. `recursive`: and cancel
+    what it submitted. Answered by the call's `Ended` or `Finished`, unless that is on its way already."""
 
     counter: int
+    force: bool = False
+    recursive: bool = True
 
 
 ToWorker = Introduce | Template | Run | Taken | Cancel

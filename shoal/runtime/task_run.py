@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from shoal.node.messages import LeaseSpec
+from shoal.objects.ids import make_task_id
 from shoal.runtime.messages import Argument, Template
 
 if TYPE_CHECKING:
+    from shoal.objects.ids import TaskId
     from shoal.runtime.object_ref import ObjectRef
+
+CANCELLED_STAGES: Final = ("cancelling", "killing")
+"""Sent, and its owner does not want it any more: whatever ends it, it is not tried again."""
 
 
 class Placeholder:
@@ -29,6 +35,9 @@ class Bound:
     Attributes:
         spec: None for a method of an actor.
         pace_s: how long a call takes, None until a worker said so.
+        retry_on: errors of user code that are tried again, as `retrying.names_of` gives them.
+        timeout_s: how long a call may run, 0.0 for ever.
+        retried: how many times calls were tried again.
     """
 
     __slots__ = (
@@ -41,8 +50,11 @@ class Bound:
         "name",
         "num_returns",
         "pace_s",
+        "retried",
+        "retry_on",
         "runtime",
         "spec",
+        "timeout_s",
     )
 
     def __init__(
@@ -57,6 +69,8 @@ class Bound:
         spec: LeaseSpec | None = None,
         max_retries: int = 0,
         max_calls: int = 0,
+        retry_on: tuple[str, ...] = (),
+        timeout_s: float = 0.0,
     ) -> None:
         self.runtime = runtime
         self.name = name
@@ -67,6 +81,9 @@ class Bound:
         self.spec = spec
         self.max_retries = max_retries
         self.max_calls = max_calls
+        self.retry_on = retry_on if max_retries else ()
+        self.timeout_s = timeout_s
+        self.retried = 0
         self.pace_s: float | None = None
         self.classes: dict[int, Any] = {}  # depth -> scheduling class
 
@@ -83,6 +100,8 @@ class Bound:
             resources,
             self.max_calls,
             self.spec is not None and self.max_retries == 0,
+            self.timeout_s,
+            list(self.retry_on),
         )
 
 
@@ -95,7 +114,8 @@ class TaskRun:
         keep: what must live until the call has ended: refs inside arguments, the actor's client.
         missing: dependencies that are not ready yet.
         suspect: it may have been what ended a worker, so it is sent alone from now on.
-        stage: "arguments" -> "queued" -> "sent" -> "done".
+        stage: "arguments" -> "queued" -> "sent" -> "done"; after "sent" also "cancelling" and "killing".
+        parent: `Call.started` of the call that submitted it; 0.0 when none did.
     """
 
     __slots__ = (
@@ -110,6 +130,7 @@ class TaskRun:
         "kwargs",
         "missing",
         "packed",
+        "parent",
         "refs",
         "retries",
         "stage",
@@ -132,6 +153,14 @@ class TaskRun:
         self.retries = bound.max_retries
         self.stage = "queued"
         self.suspect = False
+        self.parent = 0.0
+
+    def result_refs(self) -> Sequence[ObjectRef[Any]]:
+        refs = self.refs
+        return () if refs is None else refs if isinstance(refs, list) else (refs,)
+
+    def task_id(self) -> TaskId:
+        return make_task_id(self.bound.runtime.prefix, self.counter)
 
     def ready(self, _ref: ObjectRef[Any]) -> None:
         """One of the dependencies has become ready."""

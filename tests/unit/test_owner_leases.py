@@ -10,13 +10,15 @@ import collections
 import heapq
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from shoal.exceptions import TaskCancelledError
 from shoal.node.messages import (
+    PENDING,
     LeaseDemand,
     LeaseGranted,
     LeaseLost,
@@ -28,6 +30,7 @@ from shoal.node.messages import (
     WorkerExit,
 )
 from shoal.runtime import leases
+from shoal.runtime.cancelling import Canceller
 from shoal.runtime.leases import TaskManager
 from shoal.runtime.task_run import Bound, TaskRun
 
@@ -106,6 +109,9 @@ class FakeLink:
         self.running[run.counter] = run
         run.stage = "sent"
 
+    def cancel(self, run: TaskRun, *, force: bool, recursive: bool) -> None:
+        assert self.running[run.counter] is run
+
     def take_back(self) -> list[TaskRun]:
         runs = list(self.running.values())
         self.running.clear()
@@ -121,20 +127,37 @@ class FakeRuntime:
     job_id = b"jobx"
     token = b""
     name = "owner"
+    is_driver = True
+    prefix = b"p" * 16
 
     def __init__(self) -> None:
         self.reactor = FakeReactor()
         self.agent = FakeChannel()
-        self.links: dict[bytes, FakeLink] = {}
+        self.canceller = Canceller(self)  # type: ignore[arg-type]
+        self.tasks: TaskManager
         self.ended: collections.Counter[int] = collections.Counter()
         self.crashed: list[int] = []
+        self.cancelled: list[int] = []
+        self._links: dict[bytes, FakeLink] = {}
+
+    def links(self) -> Collection[FakeLink]:
+        return self._links.values()
 
     def link_to(self, address: WorkerAddress) -> FakeLink:
-        return self.links.setdefault(address.worker_id, FakeLink(address))
+        return self._links.setdefault(address.worker_id, FakeLink(address))
 
     def fail_crashed(self, run: TaskRun, _exit: WorkerExit, _where: WorkerAddress) -> None:
-        self.ended[run.counter] += 1
+        self._end(run)
         self.crashed.append(run.counter)
+
+    def fail_with(self, run: TaskRun, error: Exception) -> None:
+        assert isinstance(error, TaskCancelledError)
+        self._end(run)
+        self.cancelled.append(run.counter)
+
+    def _end(self, run: TaskRun) -> None:
+        run.stage = "done"
+        self.ended[run.counter] += 1
 
 
 class World:
@@ -145,7 +168,7 @@ class World:
         self.other = FakeChannel()
         monkeypatch.setattr(leases, "Channel", lambda *_: self.other)
         monkeypatch.setattr(leases, "time", SimpleNamespace(monotonic=lambda: self.runtime.reactor.now))
-        self.tasks = TaskManager(self.runtime)  # type: ignore[arg-type]
+        self.tasks = self.runtime.tasks = TaskManager(self.runtime)  # type: ignore[arg-type]
         spec = LeaseSpec(b"jobx", {"CPU": 10_000}, "f")
         self.bound = Bound(self.runtime, "f", "f", 1, spec=spec, max_retries=retries)
         self.bound.pace_s = pace_s
@@ -153,11 +176,14 @@ class World:
         self.lease_ids = itertools.count(1)
         self.granted: dict[int, tuple[FakeChannel, FakeLink]] = {}
         self.submitted = 0
+        self.runs: list[TaskRun] = []
 
     def submit(self, count: int = 1) -> None:
         for _ in range(count):
             self.submitted += 1
-            self.tasks.submit(TaskRun(next(self.counters), self.bound, None, 0))
+            run = TaskRun(next(self.counters), self.bound, None, 0)
+            self.runs.append(run)
+            self.tasks.submit(run)
         self.runtime.reactor.settle()
 
     def agent_link(self, channel: FakeChannel) -> leases.AgentLink:
@@ -207,9 +233,29 @@ class World:
         self.runtime.reactor.settle()
         self.collect_returns()
 
+    def cancel(self, run: TaskRun, *, force: bool = False) -> None:
+        ref: Any = SimpleNamespace(task=None if run.stage == "done" else run, state=PENDING, owned=True)
+        self.runtime.canceller.cancel(ref, force, True)
+        self.runtime.reactor.settle()
+
+    def raise_retryable(self, lease_id: int) -> None:
+        """The first call there raises what is to be tried again (`WorkerLink._ended`)."""
+        _, link = self.granted[lease_id]
+        run = link.running.pop(next(iter(link.running)))
+        if not run.retries:
+            self.runtime.ended[run.counter] += 1
+            run.stage = "done"
+            link.sink.run_ended(run)
+        else:
+            run.stage = "queued"
+            link.sink.retry(run)
+        self.runtime.reactor.settle()
+        self.collect_returns()
+
     def hand_back(self, lease_id: int) -> None:
         _, link = self.granted[lease_id]
         runs = [link.running.pop(counter) for counter in list(link.running)[1:]]
+        runs = self.runtime.canceller.without_cancelled(runs)
         if link.sink is not None:
             link.sink.handed_back(runs)
         self.runtime.reactor.settle()
@@ -294,6 +340,68 @@ def test_when_several_may_have_crashed_a_worker_each_runs_alone_and_one_is_found
     assert sum(world.runtime.ended.values()) == 5
 
 
+def test_what_is_cancelled_in_the_queue_ends_and_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.submit(3)
+    for _ in range(2):
+        world.cancel(world.runs[1])
+    assert world.runtime.cancelled == [2]
+    assert world.runtime.agent.demand == {0: 2}
+
+
+def test_what_is_cancelled_while_it_runs_is_not_tried_again_and_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, retries=0, pace_s=0.0001)
+    world.submit(3)
+    lease_id = world.grant()
+    world.cancel(world.runs[0])
+    assert world.runtime.ended == {}, "its worker says what comes of it"
+    world.lose(lease_id)
+    assert (world.runtime.cancelled, world.runtime.crashed) == ([1], [])
+    world.finish(world.grant(), 3)
+    assert world.runtime.ended == {1: 1, 2: 1, 3: 1}
+
+
+def test_what_is_cancelled_and_handed_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, pace_s=0.0001)
+    world.submit(3)
+    lease_id = world.grant()
+    world.cancel(world.runs[2])
+    world.hand_back(lease_id)
+    assert world.runtime.cancelled == [3]
+    world.finish(lease_id, 3)
+    world.finish(lease_id, 3)
+    assert world.runtime.ended == {1: 1, 2: 1, 3: 1}
+
+
+def test_a_worker_that_does_not_answer_to_force_is_ended_by_its_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, pace_s=0.0001)
+    world.submit(3)
+    world.grant()
+    world.cancel(world.runs[0], force=True)
+    assert world.runtime.ended == {}
+    world.runtime.reactor.advance(1.5)
+    assert [message.broken for message in world.runtime.agent.returned] == [True]
+    assert world.runtime.crashed == [1]
+    world.collect_returns()
+    world.finish(world.grant(), 3)
+    assert world.runtime.ended == {1: 1, 2: 1, 3: 1}
+
+
+def test_a_worker_that_leaves_on_purpose_costs_nobody_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, retries=0, pace_s=0.0001)
+    world.submit(2)
+    lease_id = world.grant()
+    _, link = world.granted[lease_id]
+    link.sink.worker_leaves()
+    world.finish(lease_id)
+    world.submit()
+    assert world.running(lease_id) == 1, "it takes no more calls"
+    world.lose(lease_id)
+    assert world.runtime.crashed == []
+    world.finish(world.grant(), 2)
+    assert world.runtime.ended == {1: 1, 2: 1, 3: 1}
+
+
 def test_a_starved_neighbour_gets_busy_leases_when_they_run_dry(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     world.submit(3)
@@ -338,7 +446,7 @@ def test_every_call_ends_once_whatever_happens(seed: int, monkeypatch: pytest.Mo
     world = World(monkeypatch, retries=-1, pace_s=rng.choice([None, 0.00005, 0.002]))
     for _ in range(rng.randint(20, 120)):
         held = list(world.granted)
-        match rng.randrange(9):
+        match rng.randrange(11):
             case 0 | 1:
                 world.submit(rng.randint(1, 30))
             case 2 | 3:
@@ -358,6 +466,10 @@ def test_every_call_ends_once_whatever_happens(seed: int, monkeypatch: pytest.Mo
                     world.tasks.from_agent(
                         world.tasks.local, LeaseRedirected(0, rng.randint(1, unmet), THERE, "there:1")
                     )
+            case 9 if world.runs:
+                world.cancel(rng.choice(world.runs), force=rng.random() < 0.2)
+            case 10 if held and world.running(lease_id := rng.choice(held)):
+                world.raise_retryable(lease_id)
         world.runtime.reactor.advance(rng.choice([0.0, 0.0, 0.01, 0.3]))
         world.collect_returns()
     for _ in range(10_000):
