@@ -157,7 +157,7 @@ class TaskRun:
 
     def result_refs(self) -> Sequence[ObjectRef[Any]]:
         refs = self.refs
-        return () if refs is None else refs if isinstance(refs, list) else (refs,)
+        return () if refs is None else refs if isinstance(refs, tuple) else (refs,)
 
     def task_id(self) -> TaskId:
         return make_task_id(self.bound.runtime.prefix, self.counter)
