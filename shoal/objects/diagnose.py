@@ -37,20 +37,28 @@ def explain(
         try_to_pickle: raises for what cannot be pickled; its result does not matter.
         what: what the value is, in the words of whoever passed it: the path begins with it.
     """
-    culprit, path, cause, kind = _search(value, error, what, try_to_pickle)
+    return find_culprit(value, error, what, try_to_pickle)[2]
+
+
+def find_culprit(
+    value: object, error: BaseException, what: str, try_to_pickle: Callable[[object], object]
+) -> tuple[object, object, UnserializableError]:
+    """As `explain`; returns the object to blame, the one that holds it (None when it is the value), and the error."""
+    culprit, path, cause, holder, kind = _search(value, error, what, try_to_pickle)
     where = f"{path} (type {kind})" if kind else path
-    return UnserializableError(_describe(culprit), where, _reason(culprit, cause))
+    return culprit, holder, UnserializableError(_describe(culprit), where, _reason(culprit, cause))
 
 
 def _search(
     value: object, error: BaseException, what: str, try_to_pickle: Callable[[object], object]
-) -> tuple[object, str, BaseException, str]:
-    """Returns (object to blame, its path, what pickling it raised, name of the type that holds it or "")."""
+) -> tuple[object, str, BaseException, object, str]:
+    """Returns (object to blame, its path, what pickling it raised, its holder, name of the holder's type or "")."""
     give_up_at = time.monotonic() + MAX_SECONDS
     tries = 0
     path, cause, holder = what, error, ""
+    parent: object = None
     if isinstance(error.__cause__, RecursionError) or isinstance(error, RecursionError):
-        return value, path, cause, holder  # nothing in it is to blame but its depth
+        return value, path, cause, parent, holder  # nothing in it is to blame but its depth
     on_the_way = {id(value)}
     keep_alive: list[object] = []  # parts made by __reduce_ex__: their ids must not be used anew
     for _ in range(MAX_DEPTH):
@@ -60,19 +68,19 @@ def _search(
                 continue
             tries += 1
             if tries > MAX_TRIES or time.monotonic() > give_up_at:
-                return value, path, cause, holder
+                return value, path, cause, parent, holder
             try:
                 try_to_pickle(part)
             except Exception as exc:  # noqa: BLE001 # whatever users' `__reduce__` raises is what we look for
                 holder = _holder_name(value, suffix)
-                value, cause, found = part, exc, True
+                parent, value, cause, found = value, part, exc, True
                 path += suffix
                 on_the_way.add(id(part))
                 keep_alive.append(part)
                 break
         if not found:
             break
-    return value, path, cause, holder
+    return value, path, cause, parent, holder
 
 
 def _until_error(parts: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

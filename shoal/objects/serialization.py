@@ -192,11 +192,14 @@ _reducers: Final[dict[type, Callable[[Any], Any]]] = {}
 """How to reduce exact types that pickle cannot or should not: cloudpickle's own (once it is loaded) and users'."""
 _replaced: Final[dict[type, Callable[[Any], Any] | None]] = {}
 """The types that users registered -> what `_reducers` had for them before."""
+_registered: Final[dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]]] = {}
+"""The same types -> (serializer, deserializer)."""
 
 
 def register_serializer(cls: type, serializer: Callable[[Any], Any], deserializer: Callable[[Any], Any]) -> None:
     """From now on instances of exactly `cls` travel, from this process, as `serializer(instance)` and come back as
-    `deserializer(that)`. The deserializer is sent along, so the other side needs no registration.
+    `deserializer(that)`. The deserializer is sent along, so the other side needs no registration; workers are told of
+    it with the code that they get (`with_serializers`).
 
     Raises:
         TypeError: `cls` is no class, or one that pickle never asks about (int, str, list ...).
@@ -213,6 +216,7 @@ def register_serializer(cls: type, serializer: Callable[[Any], Any], deserialize
     if cls not in _replaced:
         _replaced[cls] = _reducers.get(cls)
     _reducers[cls] = reduce
+    _registered[cls] = (serializer, deserializer)
 
 
 def deregister_serializer(cls: type) -> None:
@@ -220,10 +224,33 @@ def deregister_serializer(cls: type) -> None:
     if cls not in _replaced:
         return
     before = _replaced.pop(cls)
+    del _registered[cls]
     if before is None:
         del _reducers[cls]
     else:
         _reducers[cls] = before
+
+
+class _CodeWithSerializers:
+    """Unpickles as the code it was made with, after registering what this process had registered."""
+
+    def __init__(self, code: object) -> None:
+        self._code = code
+        self._registered = [(cls, *functions) for cls, functions in _registered.items()]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _register_and_give, (self._registered, self._code)
+
+
+def _register_and_give(registered: list[tuple[Any, Any, Any]], code: object) -> object:
+    for cls, serializer, deserializer in registered:
+        register_serializer(cls, serializer, deserializer)
+    return code
+
+
+def with_serializers(code: object) -> object:
+    """What to pickle in place of a function or class, so that whoever runs it knows this process's registrations."""
+    return _CodeWithSerializers(code) if _registered else code
 
 
 # ---------------------------------------------------------------------------------------------------- the general way

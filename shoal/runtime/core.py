@@ -25,7 +25,7 @@ from shoal.node.messages import (
     WorkerAddress,
     WorkerExit,
 )
-from shoal.objects.serialization import serialize
+from shoal.objects.serialization import serialize, with_serializers
 from shoal.runtime.actor_client import ActorManager, Client
 from shoal.runtime.cancelling import Canceller
 from shoal.runtime.leases import TaskManager
@@ -116,7 +116,7 @@ class CoreRuntime(Waiting):
 
     def pack_code(self, code: Any, what: str) -> bytes:
         """A function or class, flat. What it refers to is kept for good: code may be run at any time."""
-        packed = serialize(code, what=what)
+        packed = serialize(with_serializers(code), what=what)
         size = packed.flat_size
         if size > LARGE_CODE_BYTES:
             why = "because of what it refers to; put() that and pass the reference"

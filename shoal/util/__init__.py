@@ -1,11 +1,35 @@
-"""Helpers built on the public API."""
+"""Helpers built on the public API. Each is imported when it is first used."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.api.initialize import connected
 from shoal.runtime import slot
+
+if TYPE_CHECKING:
+    from shoal.util.logging_once import disable_log_once_globally, enable_periodic_logging, log_once
+    from shoal.util.serialization import deregister_serializer, inspect_serializability, register_serializer
+
+__all__ = [
+    "deregister_serializer",
+    "disable_log_once_globally",
+    "enable_periodic_logging",
+    "get_node_ip_address",
+    "inspect_serializability",
+    "list_named_actors",
+    "log_once",
+    "register_serializer",
+]
+
+_HOMES = {
+    "deregister_serializer": "serialization",
+    "disable_log_once_globally": "logging_once",
+    "enable_periodic_logging": "logging_once",
+    "inspect_serializability": "serialization",
+    "log_once": "logging_once",
+    "register_serializer": "serialization",
+}  # name -> module of this package that has it
 
 
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:
@@ -41,4 +65,16 @@ def get_node_ip_address() -> str:
     return "127.0.0.1"
 
 
-__all__ = ["get_node_ip_address", "list_named_actors"]
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'shoal.util' has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"shoal.util.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
