@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
-from typing import Final
+from typing import Any, Final
 
 MAX_FILE_BYTES: Final = 64 << 20
 FILES_KEPT: Final = 3
@@ -57,15 +58,11 @@ def configure(
     return handler
 
 
-def rename(process_name: str) -> None:
-    """After a fork: what the child has to say goes to a file of its own, which is opened when there is something."""
+def name_forks(process_name: Callable[[], str]) -> None:
+    """What forks of this process have to say goes to files of their own, named when they say something."""
     for handler in logging.getLogger("shoal").handlers:
         if isinstance(handler, _ProcessLog):
-            handler.acquire()
-            try:
-                handler.move(process_name)
-            finally:
-                handler.release()
+            handler.name_fork = process_name
 
 
 def remove(handler: logging.Handler) -> None:
@@ -92,8 +89,17 @@ def parse_level(level: int | str) -> int:
 class _ProcessLog(RotatingFileHandler):
     """Ours, so that `configure` recognises it."""
 
-    def move(self, process_name: str) -> None:
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None  # as FileHandler does: the next record opens it
-        self.baseFilename = os.path.join(os.path.dirname(self.baseFilename), f"{process_name}.log")
+    name_fork: Callable[[], str] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pid = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.name_fork is not None and os.getpid() != self._pid:
+            self._pid = os.getpid()
+            if self.stream is not None:
+                self.stream.close()
+                self.stream = None  # as FileHandler does: it opens the file when it is needed
+            self.baseFilename = os.path.join(os.path.dirname(self.baseFilename), f"{self.name_fork()}.log")
+        super().emit(record)

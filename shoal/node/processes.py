@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -103,10 +104,14 @@ def _reap(pid: int, deadline: float) -> bool:
     return True
 
 
-def reset_after_fork() -> None:
-    """Give a forked child the signal handling of a fresh Python program."""
+def reset_after_fork(caught: Iterable[signal.Signals]) -> None:
+    """Give a forked child the signal handling of a fresh Python program.
+
+    Args:
+        caught: what its parent handles, besides SIGINT.
+    """
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1):
+    for number in caught:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -191,7 +191,7 @@ class Supervisor:
         try:
             # Those who can end others in order are told that this process died; the rest need not know.
             die_with_parent(parent, signal.SIGTERM if name in ("zygote", "agent") else signal.SIGKILL)
-            reset_after_fork()
+            reset_after_fork((signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP))
             if name != "zygote":  # whose children run user code, which may use select() and its 1024 descriptors
                 allow_open_files()
             set_title(f"shoal::{name}")

@@ -161,7 +161,7 @@ def _fork(sock: socket.socket, order: Fork, fds: list[int], run_worker: RunWorke
     try:
         os.setsid()
         die_with_parent(parent)
-        reset_after_fork()
+        reset_after_fork((signal.SIGTERM, signal.SIGCHLD))
         set_title("shoal::IDLE")
         sock.close()
         os.close(wake[0])

@@ -6,6 +6,7 @@ An address is "unix:/path", "host:port" or "[v6 address]:port".
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -52,10 +53,14 @@ def tune(sock: socket.socket) -> None:
 def listen_unix(path: str) -> socket.socket:
     """A listening socket at `path`, readable by this user only; replaces what a dead process left there."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
     try:
-        sock.bind(path)
+        try:
+            sock.bind(path)
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
+                raise
+            os.unlink(path)
+            sock.bind(path)
         os.chmod(path, 0o600)
         sock.listen(1024)
     except OSError as exc:

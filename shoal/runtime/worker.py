@@ -7,6 +7,7 @@ zygote are workers that need only do that. What the first calls in a worker woul
 
 from __future__ import annotations
 
+import hmac
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ from shoal.runtime.executor import Executor
 serialization.preload()
 for message in (ActorArguments, ActorOptions):
     msgspec.msgpack.Decoder(message)  # looks up the types of its fields once
+hmac.digest(b"key", b"message", "sha256")  # finds the algorithm once
 
 
 def prepare_worker(sockets: str, token: bytes) -> Callable[[bytes, socket.socket], None]:
@@ -38,15 +40,14 @@ def prepare_worker(sockets: str, token: bytes) -> Callable[[bytes, socket.socket
     runtime = CoreRuntime(worker_id=b"", token=token, is_driver=False, name="worker")
     runtime.on_lost = lambda: os._exit(1)
     executor = Executor(runtime)
-    streams = worker_output.open_streams(executor.runner.current_name)
+    worker_output.install(executor.runner.current_name)
+    log_config.name_forks(lambda: f"{runtime.name}-{os.getpid()}")
+    sys.argv = ["shoal-worker"]
 
     def run_worker(worker_id: bytes, agent: socket.socket) -> None:
         runtime.worker_id = worker_id
         runtime.name = f"worker-{worker_id[:4].hex()}"
-        log_config.rename(f"{runtime.name}-{os.getpid()}")
-        worker_output.install(streams)
         slot.current = runtime
-        sys.argv = ["shoal-worker"]
         executor.listen(f"{sockets}/w-{worker_id[:8].hex()}")
         runtime.adopt(agent, WorkerReady(os.getpid()))
         executor.run()

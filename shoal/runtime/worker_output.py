@@ -26,24 +26,17 @@ _outputs: Final[list[_NamedOutput]] = []
 """Those over the process's own stdout and stderr."""
 
 
-Streams = tuple[io.TextIOWrapper, io.TextIOWrapper]
-
-
-def open_streams(current_name: Callable[[], str]) -> Streams:
-    """Streams over the file descriptors 1 and 2.
+def install(current_name: Callable[[], str]) -> None:
+    """Replace sys.stdout and sys.stderr by streams over the file descriptors 1 and 2, here and in forks from here.
 
     Args:
         current_name: of the task or actor that the calling thread runs, "" for none; called in any thread that prints.
     """
-    return open_stream(1, "<stdout>", current_name), open_stream(2, "<stderr>", current_name)
-
-
-def install(streams: Streams) -> None:
-    """Replace sys.stdout and sys.stderr."""
     _flush_quietly(sys.stdout)
     _flush_quietly(sys.stderr)
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
-    _outputs[:] = [stream.buffer.raw for stream in streams]  # type: ignore[attr-defined]
+    sys.stdout = sys.__stdout__ = open_stream(1, "<stdout>", current_name)  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = open_stream(2, "<stderr>", current_name)  # type: ignore[misc]
+    _outputs[:] = [sys.stdout.buffer.raw, sys.stderr.buffer.raw]  # type: ignore[attr-defined]
 
 
 def open_stream(fd: int, label: str, current_name: Callable[[], str]) -> io.TextIOWrapper:

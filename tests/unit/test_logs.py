@@ -443,7 +443,7 @@ def test_install_replaces_the_streams_of_the_process() -> None:
     if pid == 0:
         os.dup2(write, 1)
         os.dup2(write, 2)
-        worker_output.install(worker_output.open_streams(lambda: "f"))
+        worker_output.install(lambda: "f")
         print("out")
         print("err", file=sys.stderr)
         print("rest", end="")
