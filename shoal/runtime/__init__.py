@@ -7,6 +7,7 @@ It asks: this node's agent (`shoal.node.messages`), control through it (`shoal.c
 (`messages.py`).
 
     owner's side     connection <- references <- waiting <- core        one object, built in layers (`CoreRuntime`)
+                     arrivals                                           references as they become ready
                      leases, link, actor_client, task_run               which worker gets which call
     worker's side    worker, executor, calls, execution                 calls in, results out
                      actor_host, async_actor, worker_exit

@@ -27,6 +27,7 @@ from shoal.node.messages import (
 )
 from shoal.objects.serialization import serialize, with_serializers
 from shoal.runtime.actor_client import ActorManager, Client
+from shoal.runtime.arrivals import Arrivals
 from shoal.runtime.cancelling import Canceller
 from shoal.runtime.leases import TaskManager
 from shoal.runtime.link import WorkerLink
@@ -281,6 +282,9 @@ class CoreRuntime(Waiting):
         run.arguments = arguments
         run.stage = "queued"
         return True
+
+    def arrivals(self) -> Arrivals:
+        return Arrivals(self)
 
     # ---------------------------------------------------------------------------------------------------- results
 

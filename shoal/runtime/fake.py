@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from shoal.control.messages import ActorInfo, JobInfo, NodeInfo, StatusReply
@@ -94,6 +94,25 @@ class _Inside:
 
     def __exit__(self, *_: object) -> None:
         self._runtime.where = self._before
+
+
+class FakeArrivals:
+    """All but what is `pending` has arrived."""
+
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self._runtime = runtime
+        self._refs: list[ObjectRef[Any]] = []
+
+    def add(self, refs: Iterable[ObjectRef[Any]]) -> None:
+        self._refs += refs
+
+    def take(self, timeout_s: float | None = None) -> list[ObjectRef[Any]]:
+        ready = [ref for ref in self._refs if ref.binary() not in self._runtime.pending]
+        self._refs = [ref for ref in self._refs if ref not in ready]
+        return ready
+
+    def close(self) -> None:
+        self._refs = []
 
 
 class FakeRuntime:
@@ -225,6 +244,9 @@ class FakeRuntime:
     ) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
         ready = [ref for ref in refs if ref.binary() not in self.pending][:num_returns]
         return ready, [ref for ref in refs if ref not in ready]
+
+    def arrivals(self) -> FakeArrivals:
+        return FakeArrivals(self)
 
     def status(self) -> StatusReply:
         return StatusReply(nodes=self.nodes)

@@ -5,7 +5,7 @@ One process-wide slot (`shoal.runtime.slot`) holds the current one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,14 @@ from shoal.scheduling.views import Amounts, Strategy
 
 if TYPE_CHECKING:
     from shoal.runtime.object_ref import ObjectRef
+
+
+class Arrivals(Protocol):
+    """References in the order in which they become ready; see `shoal.runtime.arrivals`."""
+
+    def add(self, refs: Iterable[ObjectRef[Any]]) -> None: ...
+    def take(self, timeout_s: float | None = None) -> list[ObjectRef[Any]]: ...
+    def close(self) -> None: ...
 
 
 class TaskTemplate:
@@ -229,6 +237,9 @@ class Runtime(Protocol):
     def wait(
         self, refs: Sequence[ObjectRef[Any]], num_returns: int, timeout_s: float | None, fetch_local: bool
     ) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]: ...
+    def arrivals(self) -> Arrivals:
+        """For results in the order in which they come."""
+
     def status(self) -> StatusReply: ...
     def context(self) -> ContextData: ...
     def kv_put(self, space: str, key: bytes, value: bytes, *, overwrite: bool) -> bool: ...

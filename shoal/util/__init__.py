@@ -8,10 +8,17 @@ from shoal.api.initialize import connected
 from shoal.runtime import slot
 
 if TYPE_CHECKING:
+    from shoal.util.actor_pool import ActorPool
+    from shoal.util.executor import ShoalExecutor
+    from shoal.util.iteration import as_completed, map_unordered
     from shoal.util.logging_once import disable_log_once_globally, enable_periodic_logging, log_once
+    from shoal.util.nodes import wait_for_nodes
     from shoal.util.serialization import deregister_serializer, inspect_serializability, register_serializer
 
 __all__ = [
+    "ActorPool",
+    "ShoalExecutor",
+    "as_completed",
     "deregister_serializer",
     "disable_log_once_globally",
     "enable_periodic_logging",
@@ -19,16 +26,23 @@ __all__ = [
     "inspect_serializability",
     "list_named_actors",
     "log_once",
+    "map_unordered",
     "register_serializer",
+    "wait_for_nodes",
 ]
 
 _HOMES = {
+    "ActorPool": "actor_pool",
+    "ShoalExecutor": "executor",
+    "as_completed": "iteration",
     "deregister_serializer": "serialization",
     "disable_log_once_globally": "logging_once",
     "enable_periodic_logging": "logging_once",
     "inspect_serializability": "serialization",
     "log_once": "logging_once",
+    "map_unordered": "iteration",
     "register_serializer": "serialization",
+    "wait_for_nodes": "nodes",
 }  # name -> module of this package that has it
 
 

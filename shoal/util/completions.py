@@ -1,0 +1,101 @@
+"""A thread that calls back for each reference that becomes ready: behind pools, executors and the joblib backend.
+
+Their callbacks belong to the user (`Future.add_done_callback`, `apply_async(callback=...)`) and may do anything, also
+wait for other results, so they cannot run on the runtime's own thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from shoal.api.initialize import connect_if_needed
+from shoal.exceptions import ShoalError
+
+if TYPE_CHECKING:
+    from shoal.runtime.object_ref import ObjectRef
+
+logger = logging.getLogger(__name__)
+
+Read = Callable[[], Any]
+
+
+class Completions:
+    """Calls `done(read)` on a thread of its own; `read()` gives the value or raises what the task raised.
+
+    The thread starts with the first `watch`, and ends after `finish` or `stop`. While it waits in a worker, that
+    worker's CPUs are lent out, as in any `get`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._runtime = connect_if_needed()
+        self._arrivals = self._runtime.arrivals()
+        self._watched: dict[bytes, Callable[[Read], None]] = {}
+        # Re-entrant: whoever collects garbage while it holds the lock may come in again, from a `__del__`.
+        self._changed = threading.Condition(threading.RLock())
+        self._thread: threading.Thread | None = None
+        self._ending = False
+
+    def watch(self, ref: ObjectRef[Any], done: Callable[[Read], None]) -> None:
+        """Any thread."""
+        with self._changed:
+            self._watched[ref.binary()] = done
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        self._arrivals.add([ref])
+
+    def finish(self) -> None:
+        """Let the thread end when nothing is being watched any more."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Forget what is being watched, and let the thread end."""
+        with self._changed:
+            self._watched.clear()
+            self._ending = True
+            self._changed.notify()
+        self._arrivals.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._watched:
+                    if self._ending:
+                        self._thread = None
+                        return
+                    self._changed.wait()
+            try:
+                arrived = self._arrivals.take()
+            except ShoalError as exc:  # the cluster is gone: nothing will come any more
+                self._fail_all(exc)
+                continue
+            for ref in arrived:
+                self._call(ref.binary(), functools.partial(self._read, ref))
+
+    def _read(self, ref: ObjectRef[Any]) -> Any:
+        return self._runtime.get((ref,), None)[0]
+
+    def _fail_all(self, error: ShoalError) -> None:
+        def read() -> Any:
+            raise error
+
+        for key in list(self._watched):
+            self._call(key, read)
+
+    def _call(self, key: bytes, read: Read) -> None:
+        with self._changed:
+            done = self._watched.pop(key, None)
+        if done is None:
+            return
+        try:
+            done(read)
+        except Exception:
+            logger.exception("a callback of %s raised", self._name)
