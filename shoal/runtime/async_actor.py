@@ -137,10 +137,10 @@ class AsyncActor(ActorInstance):
         try:
             reply = None if call.problem is None and not call.caller.dropped else runner.refused(call)
             if reply is None:
-                if timed:
-                    runner.endings.begin(call)
                 function = call.target.function or runner.load(call.target)
                 args, kwargs = call.arguments()
+                if timed:
+                    runner.endings.begin(call)
                 value = function(*args, **kwargs)
                 if inspect.isawaitable(value):
                     value = await value

@@ -122,13 +122,13 @@ class CallRunner:
         try:
             reply = None if call.problem is None and not caller.dropped else self.refused(call)
             if reply is None:
-                if timed:
-                    self.endings.begin(call)
                 interrupts.user_call = call
                 if call.ending is not None:
                     raise KeyboardInterrupt  # before there was anything to interrupt
                 function = target.function or self.load(target)
                 args, kwargs = call.arguments()
+                if timed:
+                    self.endings.begin(call)
                 value = function(*args, **kwargs)
                 interrupts.user_call = None
                 args = kwargs = None  # type: ignore[assignment]  # what they pinned goes before the owner hears of the end
