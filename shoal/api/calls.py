@@ -96,11 +96,17 @@ def wait(
 
 
 def cancel(ref: ObjectRef[Any], *, force: bool = False, recursive: bool = True) -> None:
-    """Cancel the task that makes `ref`: what is queued is dropped, what runs is interrupted, what is done stays done.
+    """Cancel the call that makes `ref`, by the process that submitted it. What is done stays done.
+
+    What has not begun is dropped. A running task gets a KeyboardInterrupt, a coroutine of an actor is cancelled, and
+    another method of an actor is only told, through `get_runtime_context().is_canceled()`. `get` then raises
+    TaskCancelledError, unless the call returns a value all the same: then that is its result. It is not tried again.
 
     Args:
-        force: end the worker process; `get` then raises WorkerCrashedError. Not for actor methods.
-        recursive: cancel the tasks that it submitted, too.
+        force: end the worker process; `get` then raises WorkerCrashedError.
+        recursive: cancel what it has submitted, too.
+    Raises:
+        ValueError: `force` for a method of an actor. TypeError: `ref` is something else.
     """
     given: object = ref
     if not isinstance(given, ObjectRef):

@@ -249,7 +249,8 @@ class SchedulingClass:
                 queued = min(queued, max(1, math.ceil(queued * pace / BUDGET_S)))
         if not self.leases:
             return queued
-        return queued + sum(1 for lease in self.leases if lease.takes_calls)
+        # One that yields counts until it has gone back: what runs there may wait for what is queued here.
+        return queued + sum(1 for lease in self.leases if not lease.broken)
 
     def _demand(self) -> None:
         wanted = max(0, self._wanted() - sum(self.elsewhere.values()))

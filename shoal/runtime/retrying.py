@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from shoal.exceptions import TaskError
+
 if TYPE_CHECKING:
     from shoal.runtime.core import CoreRuntime
     from shoal.runtime.task_run import TaskRun
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 ALL: Final = ("*",)
 MAX_REASON_CHARS: Final = 200
+MAX_NESTING: Final = 16
 TOLD_EACH: Final = 10
 """So many retries of one function are logged one by one; then only each that doubles their number."""
 
@@ -46,6 +49,10 @@ def _name(cls: type) -> str:
 
 def describe(error: BaseException) -> str:
     """One short line. Never raises."""
+    for _ in range(MAX_NESTING):  # what a task got from another one that failed
+        if not isinstance(error, TaskError) or error.cause is None:
+            break
+        error = error.cause
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - the user's __str__

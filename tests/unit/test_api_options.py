@@ -39,6 +39,8 @@ def test_task_defaults() -> None:
     assert template.resources == {"CPU": 10_000}
     assert (template.num_returns, template.max_retries, template.max_calls) == (1, 3, 0)
     assert template.retry_exceptions is False
+    assert template.timeout_s == task(timeout_s=None).timeout_s == 0.0
+    assert task(timeout_s=3).timeout_s == 3.0
     assert template.strategy == Strategy()
     assert template.name == "plain"
     assert template.env_vars == {}
@@ -106,6 +108,12 @@ def test_a_task_with_a_gpu_ends_its_worker() -> None:
         ({"max_retries": True}, TypeError, "whole number"),
         ({"retry_exceptions": [3]}, TypeError, "exception classes"),
         ({"retry_exceptions": "all"}, TypeError, "exception classes"),
+        ({"timeout_s": 0}, ValueError, "above 0"),
+        ({"timeout_s": -1.5}, ValueError, "above 0"),
+        ({"timeout_s": float("nan")}, ValueError, "above 0"),
+        ({"timeout_s": float("inf")}, ValueError, "None for no limit"),
+        ({"timeout_s": "1s"}, TypeError, "a number of seconds"),
+        ({"timeout_s": True}, TypeError, "a number of seconds"),
         ({"name": 3}, TypeError, "a string"),
         ({"scheduling_strategy": "FAST"}, ValueError, "'SPREAD'"),
         ({"scheduling_strategy": 3}, TypeError, "strategy object"),

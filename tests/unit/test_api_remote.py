@@ -283,6 +283,12 @@ def test_method_options(runtime: FakeRuntime) -> None:
     counter.add.options(name="label", max_task_retries=3).remote()
     last = counter._shoal_client.calls[-1]
     assert (last.label, last.max_task_retries, last.name) == ("label", 3, "add")
+    counter.add.options(retry_exceptions=[ValueError], timeout_s=2).options(max_task_retries=1).remote()
+    last = counter._shoal_client.calls[-1]
+    assert (last.retry_on, last.timeout_s, last.max_task_retries) == (("builtins.ValueError",), 2.0, 1)
+    counter.add.options(retry_exceptions=True, timeout_s=2).options(retry_exceptions=False, timeout_s=None).remote()
+    last = counter._shoal_client.calls[-1]
+    assert (last.retry_on, last.timeout_s) == ((), 0.0)
     with pytest.raises(ValueError, match="no option 'num_cpus'"):
         counter.add.options(num_cpus=1)
     with pytest.raises(ValueError, match="no option 'num_cpus'"):

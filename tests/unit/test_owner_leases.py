@@ -414,6 +414,19 @@ def test_a_starved_neighbour_gets_busy_leases_when_they_run_dry(monkeypatch: pyt
     assert world.runtime.agent.demand == {0: 2}, "and asked for again"
 
 
+def test_a_reclaimed_lease_that_never_runs_dry_does_not_stand_for_what_is_queued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch, pace_s=0.0001)
+    world.submit()
+    lease_id = world.grant()
+    world.tasks.from_agent(world.tasks.local, ReclaimLeases())
+    world.runtime.reactor.settle()
+    world.submit(5)  # and the first one waits for them
+    assert world.running(lease_id) == 1
+    assert world.runtime.agent.demand == {0: 2}, "one is held, one more is wanted"
+
+
 def test_a_lease_reclaimed_on_its_way_does_one_call_before_it_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     world.submit(3)
