@@ -12,6 +12,7 @@ from shoal.api.actor import ActorClass, ActorHandle, ActorMethod, ClassInfo
 from shoal.api.initialize import connect_if_needed
 from shoal.runtime import slot
 from shoal.runtime.object_ref import ObjectRef
+from shoal.runtime.sweep import Rest, id_of
 
 T = TypeVar("T")
 
@@ -78,7 +79,10 @@ def wait(
     runtime = slot.current
     if runtime is None:
         runtime = connect_if_needed()
-    if type(refs) is not list:
+    unseen = refs
+    if type(refs) is Rest:
+        unseen = refs.unseen()  # what an earlier wait returned is known to be fine
+    elif type(refs) is not list:
         _refuse_refs("wait", refs)
     if timeout is not None:
         _check_timeout(timeout)
@@ -86,8 +90,9 @@ def wait(
         raise TypeError(f"num_returns is a whole number, not {num_returns!r}")
     if not refs:
         return [], []
-    _check_elements("wait", refs)
-    if len(set(refs)) != len(refs):
+    if unseen:
+        _check_elements("wait", unseen)
+    if unseen and len(set(map(id_of, refs))) != len(refs):
         twice = next(ref for ref in refs if refs.count(ref) > 1)
         raise ValueError(f"wait() takes each reference once; {twice!r} is there {refs.count(twice)} times")
     if not 1 <= num_returns <= len(refs):

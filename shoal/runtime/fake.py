@@ -28,7 +28,7 @@ class FakeRef(ObjectRef[Any]):
     """A reference that nobody counts."""
 
     def __init__(self, object_id: bytes) -> None:
-        self.object_id = object_id
+        self._id = self.object_id = object_id
 
     def binary(self) -> bytes:
         return self.object_id

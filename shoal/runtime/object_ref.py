@@ -37,6 +37,7 @@ class ObjectRef(Generic[T_co]):
         "__weakref__",
         "_home",
         "_id",
+        "attended",
         "contained",
         "followed",
         "local",
@@ -65,6 +66,7 @@ class ObjectRef(Generic[T_co]):
         self.published = False  # the home agent knows it
         self.node = b""  # whose store was given the value first
         self.local = False  # a copy is in this node's store, as far as is known
+        self.attended = False  # the `ReadyLog` will hear of it
         self.watched = False  # somebody has waited for it, so that the home of a borrowed one was asked
 
     def binary(self) -> bytes:

@@ -27,7 +27,9 @@ from shoal.node.messages import (
 from shoal.objects.serialization import deserialize
 from shoal.rpc.messages import Failed
 from shoal.rpc.reactor import LEAD_S
+from shoal.runtime.ready_log import ReadyLog, WaitCall
 from shoal.runtime.references import References, foreign
+from shoal.runtime.sweep import Sweep
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,27 +47,22 @@ _NO_VIEWS: Final[dict[bytes, memoryview]] = {}
 
 
 class Waiter:
-    """Waits until `target` of `refs` (each there once) are ready, or (with `stop_on_error`) one of them failed.
-
-    With `fetch`, a stored object is ready once it is in this node's store. With `keep`, its bytes are then found in
-    `views`, or the exception that kept them from coming in `problems`, both by object id.
+    """Waits until all of `refs` (each there once) are ready and stored ones in this node's store, or one failed.
 
     Attributes:
+        views: the bytes of stored ones, by object id.
+        problems: the exceptions that kept bytes from coming, by object id.
         asked: something was asked of the agent for this waiter, so that an answer may be on its way.
         done: called on the reactor's thread when it has what it waits for; None wakes the waiting thread. (Not a bound
             method by default: that would be a cycle, and what `views` pins would wait for the collector.)
     """
 
     __slots__ = (
-        "_fetch",
-        "_keep",
         "_left",
         "_lock",
-        "_ready",
+        "_missing",
         "_requests",
         "_runtime",
-        "_stop_on_error",
-        "_target",
         "asked",
         "done",
         "finished",
@@ -74,22 +71,9 @@ class Waiter:
         "views",
     )
 
-    def __init__(
-        self,
-        runtime: References,
-        refs: Sequence[ObjectRef[Any]],
-        target: int,
-        *,
-        fetch: bool,
-        keep: bool,
-        stop_on_error: bool,
-    ) -> None:
+    def __init__(self, runtime: References, refs: Sequence[ObjectRef[Any]]) -> None:
         self._runtime = runtime
-        self._target = target
-        self._fetch = fetch
-        self._keep = keep
-        self._stop_on_error = stop_on_error
-        self._ready = 0
+        self._missing = len(refs)
         self._requests: dict[bytes, int] = {}
         self._left = False
         self.refs = refs
@@ -117,9 +101,9 @@ class Waiter:
     def has(self, ref: ObjectRef[Any]) -> bool:
         """Whether `ref` is ready in the sense of this waiter."""
         state = ref.state
-        if state == STORED and self._fetch:
+        if state == STORED:
             object_id = ref.binary()
-            return object_id in self.problems or (object_id in self.views if self._keep else ref.local)
+            return object_id in self.views or object_id in self.problems
         return state != PENDING
 
     # ------------------------------------------------------------------------------------------- the reactor's side
@@ -141,20 +125,16 @@ class Waiter:
         """`ref` is not pending any more."""
         if self.finished or self._left:
             return
-        state = ref.state
-        if state == STORED:
-            if self._fetch and (self._keep or not ref.local):
-                if not self._runtime.follows(ref):
-                    self.problems[ref.binary()] = foreign(ref)
-                    self._failed_or_count()
-                    return
-                self.asked = True
-                self._requests[ref.binary()] = self._runtime.fetch(ref, lambda reply: self._fetched(ref, reply))
-                return
-        elif state != INLINE and self._stop_on_error:
+        if ref.state == INLINE:
+            self._count()
+        elif ref.state != STORED:
             self._finish()
-            return
-        self._count()
+        elif not self._runtime.follows(ref):
+            self.problems[ref.binary()] = foreign(ref)
+            self._finish()
+        else:
+            self.asked = True
+            self._requests[ref.binary()] = self._runtime.fetch(ref, lambda reply: self._fetched(ref, reply))
 
     def _fetched(self, ref: ObjectRef[Any], reply: Resolved | Failed) -> None:
         object_id = ref.binary()
@@ -167,7 +147,7 @@ class Waiter:
         elif reply.state.state == STORED:
             ref.local = True
             view = runtime.view_of(ref, reply)  # unpins when it is dropped, here or later
-            if self._keep and not self._left:
+            if not self._left:
                 self.views[object_id] = view
         else:
             runtime.learn(ref, reply.state)
@@ -175,19 +155,13 @@ class Waiter:
         if self.finished or self._left:
             return
         if failed:
-            self._failed_or_count()
-        else:
-            self._count()
-
-    def _failed_or_count(self) -> None:
-        if self._stop_on_error:
             self._finish()
         else:
             self._count()
 
     def _count(self) -> None:
-        self._ready += 1
-        if self._ready >= self._target:
+        self._missing -= 1
+        if self._missing <= 0:
             self._finish()
 
     def _finish(self) -> None:
@@ -215,6 +189,7 @@ class Waiting(References):
 
     Attributes:
         explain_after_s, explain_again_s: how long a thread waits until it says what for, and until it says so again.
+        ready_log: what became ready of that for which somebody called `wait`.
         before_blocking: called in a user's thread before it waits (a worker hands its queue back).
     """
 
@@ -223,6 +198,7 @@ class Waiting(References):
         self.explain_after_s = EXPLAIN_AFTER_S
         self.explain_again_s = EXPLAIN_AGAIN_S
         self.before_blocking: Callable[[], None] = lambda: None
+        self.ready_log = ReadyLog(self)
         self._blocked: set[int] = set()  # by id: waiters whose threads lend their CPUs
 
     def why(self, ref: ObjectRef[Any]) -> str:
@@ -257,7 +233,7 @@ class Waiting(References):
         left = list({ref.binary(): ref for ref in refs if ref.state != INLINE}.values())
         if not left:  # they became ready meanwhile
             return _NO_VIEWS
-        waiter = Waiter(self, left, len(left), fetch=True, keep=True, stop_on_error=True)
+        waiter = Waiter(self, left)
         if not self._sleep(waiter, timeout_s):
             missing = [ref for ref in left if not waiter.has(ref)]
             text = (
@@ -279,25 +255,25 @@ class Waiting(References):
     def wait(
         self, refs: Sequence[ObjectRef[Any]], num_returns: int, timeout_s: float | None, fetch_local: bool
     ) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
-        waiter = Waiter(self, refs, num_returns, fetch=fetch_local, keep=False, stop_on_error=False)
-        enough = 0
-        for ref in refs:  # what is known here need not be asked
-            if ref.state != PENDING and waiter.has(ref):
-                enough += 1
-                if enough == num_returns:
-                    break
-        else:
-            self._sleep(waiter, timeout_s)
-        ready: list[ObjectRef[Any]] = []
-        rest: list[ObjectRef[Any]] = []
-        for ref in refs:
-            if len(ready) < num_returns and waiter.has(ref):
-                ready.append(ref)
-            else:
-                rest.append(ref)
-        return ready, rest
+        """`refs` are each there once. See `sweep` for what makes a wait over what an earlier one left over cheap."""
+        log = self.ready_log
+        sweep = Sweep.over(log, refs, fetch_local)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while len(sweep.found) < num_returns:
+            sweep.catch_up()
+            missing = num_returns - len(sweep.found)
+            if missing <= 0:
+                break
+            call = WaitCall(
+                self, log, sweep.refs, sweep.members, missing,
+                fetch=fetch_local, since=sweep.seen, unattended=sweep.take_unattended(),
+            )  # fmt: skip
+            if not self._sleep(call, None if deadline is None else max(0.0, deadline - time.monotonic())):
+                sweep.catch_up()
+                break
+        return sweep.split(num_returns)
 
-    def _sleep(self, waiter: Waiter, timeout_s: float | None) -> bool:
+    def _sleep(self, waiter: Waiter | WaitCall, timeout_s: float | None) -> bool:
         """Wait in a user's thread; lends its CPUs meanwhile, and says why after a while. False after the timeout."""
         self.check_may_block()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -333,7 +309,7 @@ class Waiting(References):
             if lends:
                 self.reactor.call_soon(self._set_blocked, id(waiter), False)
 
-    def _look(self, waiter: Waiter) -> bool:
+    def _look(self, waiter: Waiter | WaitCall) -> bool:
         """Timeout 0 must see what is ready already: give the reactor one round, and the agent time for an answer."""
         looked = threading.Event()
         self.reactor.call_soon(looked.set)
@@ -350,7 +326,7 @@ class Waiting(References):
         if before != bool(self._blocked):
             self.agent.send(Blocked() if blocked else Unblocked())
 
-    def _explain(self, waiter: Waiter) -> None:
+    def _explain(self, waiter: Waiter | WaitCall) -> None:
         waiting = [ref for ref in waiter.refs if not waiter.has(ref)]
         reasons: dict[str, ObjectRef[Any]] = {}  # text -> the first object that waits for it
         for ref in waiting[:1000]:
@@ -369,7 +345,7 @@ class Waiting(References):
 
     def on_ready(self, ref: ObjectRef[Any], call: Callable[[Callable[[], Any]], None]) -> Waiter:
         """When the value is here, `call(read)` on the reactor's thread; `read()` returns it or raises. Any thread."""
-        waiter = Waiter(self, [ref], 1, fetch=True, keep=True, stop_on_error=True)
+        waiter = Waiter(self, [ref])
 
         def read() -> Any:
             if waiter.problems:
