@@ -1,6 +1,6 @@
 """References in the order in which they become ready, at a cost that does not grow with how many are still missing.
 
-`wait` looks at every reference it is given, each time, so whoever calls it once for each result of n pays n squared.
+`wait` copies the list that it is given, each time, so whoever calls it once for each result of n pays n squared.
 `Arrivals` tells the reactor of each reference once, and each costs one entry in a queue when it is ready. The helpers
 that hand out results as they come (`shoal.util`) are built on it.
 """
@@ -111,7 +111,7 @@ class _Gate(Waiter):
     __slots__ = ("_arrivals",)
 
     def __init__(self, arrivals: Arrivals, runtime: Waiting) -> None:
-        super().__init__(runtime, (), 1, fetch=False, keep=False, stop_on_error=False)
+        super().__init__(runtime, ())
         self._arrivals = arrivals
 
     @property
