@@ -362,11 +362,11 @@ class ActorLives:
             node_id, _ = self._roomy.popitem()
             node = self._nodes.find(node_id)
             if node is not None:
-                for line in self._room.lines():
+                for line in self._room.in_turn():
                     if not line.open_to(node):
                         continue
                     if fits(line.need, node.free):
-                        self._place(line, node)
+                        self._place_first(line, node)
                     elif self._outbox.now - line.oldest()[1] >= STAND_AFTER_S and self._room.may_stand(line, node):
                         where = Placed(node.node_id, node.info.address, node.info.hostname, stands=True)
                         self._step(line.first(), where)
@@ -495,26 +495,36 @@ class ActorLives:
         if actor.state in WAITING:
             self._push(actor)
 
-    def _place(self, line: Line, only: NodeRecord | None = None) -> None:
+    def _place(self, line: Line) -> None:
         """Place as many of the line as go somewhere now."""
-        while line.actors:
-            actor = line.first()
-            if self._keys.find(FUNCTIONS, actor.spec.class_id) is None:
-                which = f"class {actor.spec.class_name} ({actor.spec.class_id.hex()})"
-                cause = f"the code of {which} is not in the cluster; it must be put before the actor is created"
-                self._step(actor, Ended("init_failed", cause))
-                continue
-            choice = self._room.choose(line, only)
-            if isinstance(choice, Node):
-                node = self._nodes.find(choice.node_id)
-                assert node is not None
-                self._step(actor, Placed(node.node_id, node.info.address, node.info.hostname))
-            elif isinstance(choice, Infeasible) and choice.reason.code == "unschedulable":
-                self._step(actor, Ended("unschedulable", choice.reason.text))
-            else:
-                if only is None or line.reason is None:
-                    self._set_reason(line, choice.reason)
-                return
+        while line.actors and self._place_first(line):
+            pass
+
+    def _place_first(self, line: Line, only: NodeRecord | None = None) -> bool:
+        """Place the first of the line, or end it if that can never be; False when it goes on waiting."""
+        if not line.actors:
+            return False
+        actor = line.first()
+        if self._keys.find(FUNCTIONS, actor.spec.class_id) is None:
+            which = f"class {actor.spec.class_name} ({actor.spec.class_id.hex()})"
+            cause = f"the code of {which} is not in the cluster; it must be put before the actor is created"
+            self._room.had_its_turn(line)
+            self._step(actor, Ended("init_failed", cause))
+            return True
+        choice = self._room.choose(line, only)
+        if isinstance(choice, Node):
+            node = self._nodes.find(choice.node_id)
+            assert node is not None
+            self._room.had_its_turn(line)
+            self._step(actor, Placed(node.node_id, node.info.address, node.info.hostname))
+        elif isinstance(choice, Infeasible) and choice.reason.code == "unschedulable":
+            self._room.had_its_turn(line)
+            self._step(actor, Ended("unschedulable", choice.reason.text))
+        else:
+            if only is None or line.reason is None:
+                self._set_reason(line, choice.reason)
+            return False
+        return True
 
     def _set_reason(self, line: Line, reason: WaitReason) -> None:
         """Watchers are told when the kind of reason changes; the words change more often and can be asked for."""
@@ -547,8 +557,8 @@ class ActorLives:
                 self._line_up(actor)
         if now >= self._recheck_at:
             self._recheck_at = INFINITY
-            for line in self._room.lines():
-                self._place(line)
+            for line in self._room.in_turn():
+                self._place_first(line)
         if now >= self._notice_at:
             self._give_notice()
 

@@ -77,6 +77,7 @@ class ActorSpec(msgspec.Struct, array_like=True, frozen=True):
     env_vars: dict[str, str] = {}
     handle: bytes = b""  # opaque: what get_actor() needs to make a handle
     options: bytes = b""  # opaque: what the worker needs to run it (concurrency groups ...)
+    priority: int = 0  # among actors and tasks that wait for a place, higher first
 
     def needs(self) -> Amounts:
         """What must be free to place it: what it asks for that, and what it will hold."""

@@ -1,8 +1,11 @@
 """Which actors wait for a place, and where the next one goes.
 
-Actors that are equal to a scheduler (same job, class, needs and strategy) wait in one line, first come first served.
-The answer for the first of a line is the answer for all of it, so work grows with the number of lines and not of
-actors, and a line has one reason, one row in `status` and one notice to its driver.
+Actors that are equal to a scheduler (same job, class, needs, strategy and priority) wait in one line, first come first
+served. The answer for the first of a line is the answer for all of it, so work grows with the number of lines and not
+of actors, and a line has one reason, one row in `status` and one notice to its driver.
+
+Lines of higher priority go first. Of equal priority jobs take turns, one actor each, and within a job its lines do: a
+flood of actors holds up only those of its own job.
 
 Choosing looks at a few nodes drawn at random and at all of them only when none of those will do: among thousands of
 nodes the best of ten is about as good as the best, at a hundredth of the cost. A line that found no place anywhere
@@ -16,6 +19,7 @@ usual policy would pile all of them onto one node. Those stay with their creator
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -31,7 +35,7 @@ from shoal.scheduling.views import Amounts, DemandReport, NodeView, WaitReason
 DRAWN = 10
 """Nodes looked at first; a cluster of up to three times as many is looked at as a whole."""
 
-LineKey = tuple[bytes, str, tuple[tuple[str, int], ...], bool, bytes]
+LineKey = tuple[bytes, str, tuple[tuple[str, int], ...], bool, bytes, int]
 
 
 class Line:
@@ -39,9 +43,10 @@ class Line:
 
     Attributes:
         standing: those that stand in line at a busy node, with that node; they may be back.
+        turn: grows with each turn that it has.
     """
 
-    __slots__ = ("actors", "key", "light", "need", "notice_at", "notices", "reason", "spec", "standing")
+    __slots__ = ("actors", "key", "light", "need", "notice_at", "notices", "reason", "spec", "standing", "turn")
 
     def __init__(self, key: LineKey, spec: ActorSpec, need: Amounts, light: bool) -> None:
         self.key = key
@@ -53,6 +58,7 @@ class Line:
         self.reason: WaitReason | None = None
         self.notice_at = float("inf")
         self.notices = 0
+        self.turn = 0
 
     def first(self) -> ActorRecord:
         """The next to be placed."""
@@ -85,9 +91,39 @@ class WaitingRoom:
         self._lines: dict[LineKey, Line] = {}
         self._line_of: dict[ActorId, Line] = {}
         self._standing: dict[ActorId, Line] = {}
+        self._jobs: dict[bytes, int] = {}  # with lines: how many
+        self._turns: dict[bytes, int] = {}  # of those that had one
+        self._last_turn = 0
 
     def __len__(self) -> int:
         return len(self._line_of)
+
+    def in_turn(self) -> Iterator[Line]:
+        """Every line once, in the order of their turns as they are when asked for the next; a line whose first was
+        placed comes again."""
+        waiting = [(self._rank(line), number, line) for number, line in enumerate(self._lines.values())]
+        heapq.heapify(waiting)
+        while waiting:
+            rank, number, line = heapq.heappop(waiting)
+            if not len(line):
+                continue
+            if rank != self._rank(line):  # its job had a turn with another line
+                heapq.heappush(waiting, (self._rank(line), number, line))
+                continue
+            before = line.turn
+            yield line
+            if line.turn != before and line.actors:
+                heapq.heappush(waiting, (self._rank(line), number, line))
+
+    def _rank(self, line: Line) -> tuple[int, int, int]:
+        return -line.spec.priority, self._turns.get(line.spec.job_id, 0), line.turn
+
+    def had_its_turn(self, line: Line) -> None:
+        """Its first is placed, or ended."""
+        self._last_turn += 1
+        line.turn = self._last_turn
+        if line.spec.job_id in self._jobs:
+            self._turns[line.spec.job_id] = self._last_turn
 
     def lines(self) -> list[Line]:
         """Oldest line first; a copy, since placing closes lines."""
@@ -106,10 +142,18 @@ class WaitingRoom:
         spec = actor.spec
         need = spec.needs()
         light = actor.holds_nothing
-        key: LineKey = (spec.job_id, spec.class_name, tuple(sorted(need.items())), light, spec.strategy.key())
+        key: LineKey = (
+            spec.job_id,
+            spec.class_name,
+            tuple(sorted(need.items())),
+            light,
+            spec.strategy.key(),
+            spec.priority,
+        )
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = Line(key, spec, need, light)
+            self._jobs[spec.job_id] = self._jobs.get(spec.job_id, 0) + 1
         line.actors[actor.actor_id] = (actor, now)
         self._line_of[actor.actor_id] = line
         if line.reason is not None:
@@ -128,6 +172,11 @@ class WaitingRoom:
             del line.standing[actor_id]
         if not len(line):
             del self._lines[line.key]
+            job_id = line.spec.job_id
+            self._jobs[job_id] -= 1
+            if not self._jobs[job_id]:
+                del self._jobs[job_id]
+                self._turns.pop(job_id, None)
 
     def may_stand(self, line: Line, node: NodeRecord) -> bool:
         """Whether the first of the line may go and stand in line at this node, which is busy: one at a time does."""
@@ -248,6 +297,9 @@ class WaitingRoom:
     def check_invariants(self) -> None:
         assert {actor for line in self._lines.values() for actor in line.actors} == set(self._line_of)
         assert {actor for line in self._lines.values() for actor in line.standing} == set(self._standing)
+        jobs = [line.spec.job_id for line in self._lines.values()]
+        assert self._jobs == {job_id: jobs.count(job_id) for job_id in jobs}
+        assert self._turns.keys() <= self._jobs.keys()
         for key, line in self._lines.items():
             assert len(line)
             assert line.key == key

@@ -128,7 +128,7 @@ class ActorHost:
         """Wait until `hosted.devices` is given, or `patience_s` is over, or it is stopped."""
         spec, scheduler = hosted.order.spec, self._agent.scheduler
         here = Strategy("node", scheduler.node_id)  # control chose, and will choose again
-        need = LeaseSpec(spec.job_id, spec.needs(), spec.class_name, strategy=here)
+        need = LeaseSpec(spec.job_id, spec.needs(), spec.class_name, strategy=here, priority=spec.priority)
         hosted.turn = asyncio.Event()
         scheduler.set_demand(spec.actor_id, 0, 1, need, time.time(), redirected=True)
         self._agent.decide_soon()

@@ -1,8 +1,8 @@
 """The order in which unmet demand is served. Pure.
 
-depth -> owner -> class, deepest first, then whoever stands first in line. Lines are dicts, rotated by re-inserting
-whoever was just served, so that joining, leaving and taking turns cost the same however long they are. Each entry is a
-level (a class that wants n more), never n items.
+priority -> job -> depth -> owner -> class: the highest priority and, within a job, the deepest first; of equals whoever
+stands first in line. Lines are dicts, rotated by re-inserting whoever was just served, so that joining, leaving and
+taking turns cost the same however long they are. Each entry is a level (a class that wants n more), never n items.
 
 Classes that need the same share one `Shape`: whether it fits, where else it could run and why it waits is worked out
 once for all of them.
@@ -10,7 +10,6 @@ once for all of them.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -90,11 +89,10 @@ class LeaseQueue:
         touched: classes in the queue whose demand changed since the last decision.
     """
 
-    __slots__ = ("_depths", "_levels", "_shapes", "_waiting_shapes", "full", "touched")
+    __slots__ = ("_levels", "_shapes", "_waiting_shapes", "full", "touched")
 
     def __init__(self) -> None:
-        self._levels: dict[int, dict[bytes, dict[int, DemandClass]]] = {}
-        self._depths: list[int] = []  # negated and ascending: the deepest first
+        self._levels: dict[int, dict[bytes, dict[int, dict[bytes, dict[int, DemandClass]]]]] = {}
         self._shapes: dict[object, Shape] = {}
         self._waiting_shapes = 0
         self.full: set[Shape] = set()
@@ -104,26 +102,36 @@ class LeaseQueue:
         return self._waiting_shapes > 0
 
     def __iter__(self) -> Iterator[DemandClass]:
-        """In order of service; the queue must not change meanwhile."""
-        for negated in self._depths:
-            for classes in self._levels[-negated].values():
-                yield from classes.values()
+        """In order of service, but for turns; the queue must not change meanwhile."""
+        for priority in self.priorities():
+            for job in self._levels[priority].values():
+                for depth in sorted(job, reverse=True):
+                    for classes in job[depth].values():
+                        yield from classes.values()
 
     def is_exhausted(self, withheld: int = 0) -> bool:
         """Whether every waiting shape is full, but for `withheld` that are not but may not be served either."""
         return len(self.full) + withheld >= self._waiting_shapes
 
-    def depths(self) -> list[int]:
-        """Deepest first, as a copy."""
-        return [-negated for negated in self._depths]
+    def priorities(self) -> list[int]:
+        """The highest first, as a copy."""
+        return sorted(self._levels, reverse=True)
 
-    def owners_at(self, depth: int) -> list[bytes]:
+    def jobs_at(self, priority: int) -> list[bytes]:
         """In the order of their turns, as a copy."""
-        return list(self._levels.get(depth, ()))
+        return list(self._levels.get(priority, ()))
 
-    def classes_of(self, depth: int, owner: bytes) -> list[DemandClass]:
+    def depths_of(self, priority: int, job: bytes) -> list[int]:
+        """The deepest first, as a copy."""
+        return sorted(self._levels.get(priority, {}).get(job, ()), reverse=True)
+
+    def owners_at(self, priority: int, job: bytes, depth: int) -> list[bytes]:
         """In the order of their turns, as a copy."""
-        return list(self._levels.get(depth, {}).get(owner, {}).values())
+        return list(self._levels.get(priority, {}).get(job, {}).get(depth, ()))
+
+    def classes_of(self, priority: int, job: bytes, depth: int, owner: bytes) -> list[DemandClass]:
+        """In the order of their turns, as a copy."""
+        return list(self._levels.get(priority, {}).get(job, {}).get(depth, {}).get(owner, {}).values())
 
     def join(self, cls: DemandClass, now: float) -> None:
         """At the end of its line. Joining again changes nothing but `touched`."""
@@ -132,11 +140,9 @@ class LeaseQueue:
             return
         cls.queued = True
         cls.since = now
-        level = self._levels.get(cls.spec.depth)
-        if level is None:
-            level = self._levels[cls.spec.depth] = {}
-            insort(self._depths, -cls.spec.depth)
-        level.setdefault(cls.owner, {})[cls.class_id] = cls
+        spec = cls.spec
+        depths = self._levels.setdefault(spec.priority, {}).setdefault(spec.job_id, {})
+        depths.setdefault(spec.depth, {}).setdefault(cls.owner, {})[cls.class_id] = cls
         cls.shape.waiting += 1
         self._waiting_shapes += cls.shape.waiting == 1
 
@@ -148,23 +154,31 @@ class LeaseQueue:
         cls.reason = None
         cls.failed_holds = 0
         self.touched.pop((cls.owner, cls.class_id), None)
-        depth = cls.spec.depth
-        level = self._levels[depth]
-        del level[cls.owner][cls.class_id]
-        if not level[cls.owner]:
-            del level[cls.owner]
-            if not level:
-                del self._levels[depth]
-                self._depths.remove(-depth)
+        spec = cls.spec
+        jobs = self._levels[spec.priority]
+        depths = jobs[spec.job_id]
+        owners = depths[spec.depth]
+        del owners[cls.owner][cls.class_id]
+        if not owners[cls.owner]:
+            del owners[cls.owner]
+        if not owners:
+            del depths[spec.depth]
+        if not depths:
+            del jobs[spec.job_id]
+        if not jobs:
+            del self._levels[spec.priority]
         cls.shape.waiting -= 1
         if not cls.shape.waiting:
             self._waiting_shapes -= 1
             self.full.discard(cls.shape)
 
     def had_its_turn(self, cls: DemandClass) -> None:
-        """To the end of both lines: the owner's at its depth, the class's at its owner."""
-        level = self._levels[cls.spec.depth]
-        classes = level[cls.owner] = level.pop(cls.owner)
+        """To the end of all lines: the job's, the owner's in it at its depth, and the class's at its owner."""
+        spec = cls.spec
+        jobs = self._levels[spec.priority]
+        depths = jobs[spec.job_id] = jobs.pop(spec.job_id)
+        owners = depths[spec.depth]
+        classes = owners[cls.owner] = owners.pop(cls.owner)
         classes[cls.class_id] = classes.pop(cls.class_id)
 
     def shape_of(self, spec: LeaseSpec, pinned: bool) -> Shape:
@@ -204,4 +218,3 @@ class LeaseQueue:
         assert {shape.key: shape.refs for shape in self._shapes.values()} == refs, "refs of a shape are wrong"
         assert self._waiting_shapes == sum(count > 0 for count in waiting.values()), "the count of shapes is wrong"
         assert all(shape.waiting for shape in self.full), "a full shape does not wait"
-        assert self._depths == sorted(-depth for depth in self._levels), "the depths are wrong"

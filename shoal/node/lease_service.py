@@ -65,7 +65,7 @@ class _Lease:
         self.granted_unix_s = time.time()
         self.worker: Worker | None = None
         self.known = False  # its owner was told
-        self.reclaimed = False  # before that: it was asked to return leases, which meant this one too
+        self.reclaimed: ReclaimLeases | None = None  # before that: its owner was asked to return what this one is too
 
 
 class LeaseService:
@@ -164,9 +164,10 @@ class LeaseService:
                 case Wait():
                     message = LeaseWaiting(decision.class_id, decision.reason, decision.granted)
                 case Reclaim():
-                    message = ReclaimLeases()
+                    message = reclaim = ReclaimLeases(decision.priority)
                     for lease in self._leases.values():
-                        lease.reclaimed = lease.reclaimed or (lease.owner == owner and not lease.known)
+                        if lease.owner == owner and not lease.known:
+                            lease.reclaimed = reclaim
             around.send_to(owner, message)
         around.report_soon()
 
@@ -200,5 +201,5 @@ class LeaseService:
         lease.known = True
         if not around.send_to(lease.owner, LeaseGranted(grant.class_id, grant.lease_id, address, grant.devices)):
             self.give_back(ReturnLease(grant.lease_id))
-        elif lease.reclaimed:
-            around.send_to(lease.owner, ReclaimLeases())
+        elif lease.reclaimed is not None:
+            around.send_to(lease.owner, lease.reclaimed)

@@ -6,11 +6,16 @@ requests: saying it again is harmless, withdrawing needs no cancel, and a millio
 
 Who is served:
 
-- Deeper first. A parent that waits for children holds a worker; finishing nested work before starting new roots keeps
-  a recursion at a handful of live workers instead of one per call.
+- Higher priority first, whosoever it is. What runs is not interrupted, but its lease goes to the next by this order.
+- Of equal priority, the job that uses least of the node (what its leases hold and do not lend, by the scarcest
+  resource of each), and of equals whoever had its turn longest ago: so the flood of one job cannot starve another.
+- Within a job, deeper first. A parent that waits for children holds a worker; finishing nested work before starting
+  new roots keeps a recursion at a handful of live workers instead of one per call. Owners never rank nested work below
+  the task that submits it, so a parent never waits behind its own kind.
 - At equal depth owners take turns, one lease each; within an owner its classes take turns.
 - A class that needs much at once would never fit while small ones take each piece that is freed. When it has waited
-  for `RESERVE_AFTER_S`, what it lacks is kept from others of its own and lesser depth, for `RESERVE_FOR_S` at most:
+  for `RESERVE_AFTER_S`, what it lacks is kept from others of no higher
+  priority and no greater depth, for `RESERVE_FOR_S` at most:
   the bound is what keeps a hold from becoming a deadlock with work that its holders wait for. A hold in vain doubles
   the time until the next one.
 - Here first: work leaves only when it does not fit here now (default), is spread, or can never run here. Then it goes
@@ -23,7 +28,7 @@ given back, and when no waiting shape fits nothing is scanned. Only a change of 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -86,9 +91,10 @@ class Wait(msgspec.Struct, frozen=True):
 
 
 class Reclaim(msgspec.Struct, frozen=True):
-    """Others wait for what this owner's leases hold: it should return those that are idle."""
+    """Others wait for what this owner's leases hold: it should return those for work of no more than `priority`."""
 
     owner: bytes
+    priority: int
 
 
 Decision = Grant | Redirect | Wait | Reclaim
@@ -104,13 +110,15 @@ class _Owner:
 
 
 class _Lease:
-    __slots__ = ("class_id", "holding", "job_id", "owner")
+    __slots__ = ("blocked", "class_id", "holding", "job_id", "owner", "share")
 
-    def __init__(self, owner: bytes, class_id: int, job_id: bytes, holding: Holding) -> None:
+    def __init__(self, owner: bytes, class_id: int, job_id: bytes, holding: Holding, share: int) -> None:
         self.owner = owner
         self.class_id = class_id
         self.job_id = job_id
         self.holding = holding
+        self.share = share  # of the node, in millionths
+        self.blocked = False
 
 
 class _Reservation(NamedTuple):
@@ -137,6 +145,7 @@ class LeaseScheduler:
         self._leases: dict[int, _Lease] = {}
         self._actors: dict[bytes, Holding] = {}
         self._reservation: _Reservation | None = None
+        self._used: dict[bytes, int] = {}  # by jobs: the shares of their leases that are not blocked
         self._revisit: dict[DemandClass, None] = {}  # to look at when they have waited for `REVISIT_S`
         # Notes of one decision:
         self._reasons_shifted = False  # some that were looked at before wait for another reason now
@@ -224,6 +233,7 @@ class LeaseScheduler:
             KeyError: there is no such lease.
         """
         lease = self._leases.pop(lease_id)
+        self._use(lease, used=False)
         self._give_back(lease.holding)
         record = self._owners.get(lease.owner)
         if record is None or lease_id not in record.leases:
@@ -242,7 +252,9 @@ class LeaseScheduler:
         Raises:
             KeyError: there is no such lease.
         """
-        self._lend(self._leases[lease_id].holding, blocked)
+        lease = self._leases[lease_id]
+        self._use(lease, used=not blocked)
+        self._lend(lease.holding, blocked)
 
     def acquire_actor(self, actor_id: bytes, placement: Amounts, hold: Amounts) -> dict[str, list[int]] | None:
         """Hold `hold` for an actor if `placement` and it fit now: its device numbers, or None.
@@ -343,20 +355,45 @@ class LeaseScheduler:
 
     def _grant(self, decisions: list[Decision], worker_limit: Callable[[LeaseSpec], bool] | None) -> None:
         """Serve the queue in order, as far as there is room."""
-        queue = self._queue
+        queue, used = self._queue, self._used
         withheld: set[Shape] = set()  # they fit, but not past the reservation
-        for depth in queue.depths():
-            if self._reservation is not None and self._reservation.cls.spec.depth == depth:
-                self._try(self._reservation.cls, decisions, worker_limit, withheld)
-            owners = queue.owners_at(depth)
+        for priority in queue.priorities():
+            jobs = {
+                job: self._serve(priority, job, decisions, worker_limit, withheld) for job in queue.jobs_at(priority)
+            }
+            while jobs:
+                if queue.is_exhausted(len(withheld)):
+                    return
+                job = min(jobs, key=lambda job: used.get(job, 0)) if len(jobs) > 1 else next(iter(jobs))
+                turns = jobs.pop(job)
+                if next(turns, False):
+                    jobs[job] = turns
+
+    def _serve(
+        self,
+        priority: int,
+        job: bytes,
+        decisions: list[Decision],
+        worker_limit: Callable[[LeaseSpec], bool] | None,
+        withheld: set[Shape],
+    ) -> Iterator[bool]:
+        """Grant one lease of the job after the other, in order, as far as there is room."""
+        queue = self._queue
+        for depth in queue.depths_of(priority, job):
+            if self._reservation is not None and (reserved := self._reservation.cls).spec.depth == depth:
+                mine = (reserved.spec.priority, reserved.spec.job_id) == (priority, job)
+                if mine and self._try(reserved, decisions, worker_limit, withheld):
+                    yield True
+            owners = queue.owners_at(priority, job, depth)
             while owners:
                 served: list[bytes] = []
                 for owner in owners:
                     if queue.is_exhausted(len(withheld)):
                         return
-                    for cls in queue.classes_of(depth, owner):
+                    for cls in queue.classes_of(priority, job, depth, owner):
                         if self._try(cls, decisions, worker_limit, withheld):
                             served.append(owner)
+                            yield True
                             break
                 owners = served
 
@@ -385,7 +422,9 @@ class LeaseScheduler:
     def _grant_one(self, cls: DemandClass) -> Grant:
         holding = self._books.take(cls.shape.demand)
         self._last_lease += 1
-        self._leases[self._last_lease] = _Lease(cls.owner, cls.class_id, cls.spec.job_id, holding)
+        share = policy.share_of(cls.shape.demand, self.total)
+        lease = self._leases[self._last_lease] = _Lease(cls.owner, cls.class_id, cls.spec.job_id, holding, share)
+        self._use(lease, used=True, new=True)
         self._owners[cls.owner].leases.add(self._last_lease)
         self._told.discard(cls.owner)
         self._untold.add(cls.owner)
@@ -422,7 +461,10 @@ class LeaseScheduler:
 
     def _is_withheld_from(self, cls: DemandClass) -> bool:
         held = self._reservation
-        if held is None or held.cls is cls or cls.spec.depth > held.cls.spec.depth:
+        if held is None or held.cls is cls:
+            return False
+        spec, reserved = cls.spec, held.cls.spec
+        if spec.priority > reserved.priority or spec.depth > reserved.depth:
             return False
         return not held.names.isdisjoint(cls.shape.demand)
 
@@ -450,12 +492,15 @@ class LeaseScheduler:
         alone: DemandClass | None = None  # the only one that starves: its own leases are no help to it
         if len(starving) == 1 and starving[0].waiting == 1:
             alone = next(cls for cls in self._queue if cls.shape is starving[0])
+        priority = self._queue.priorities()[0]
         for owner in sorted(self._untold):
             for cls in self._owners[owner].classes.values():
-                if cls.granted and cls is not alone and not names.isdisjoint(cls.shape.demand):
+                if not cls.granted or cls is alone or cls.spec.priority > priority:
+                    continue
+                if not names.isdisjoint(cls.shape.demand):
                     self._untold.remove(owner)
                     self._told.add(owner)
-                    decisions.append(Reclaim(owner))
+                    decisions.append(Reclaim(owner, priority))
                     break
 
     def _end_starvation(self) -> None:
@@ -596,6 +641,17 @@ class LeaseScheduler:
             self._end_reservation()
         self._queue.leave(cls)
 
+    def _use(self, lease: _Lease, *, used: bool, new: bool = False) -> None:
+        """Count what the lease holds as used by its job, or not any more: it is blocked or over."""
+        if not new and used != lease.blocked:
+            return  # that is how it is counted already
+        lease.blocked = not used
+        total = self._used.get(lease.job_id, 0) + (lease.share if used else -lease.share)
+        if total:
+            self._used[lease.job_id] = total
+        else:
+            self._used.pop(lease.job_id, None)
+
     def _give_back(self, holding: Holding) -> None:
         self._books.give_back(holding)
         self._queue.full.clear()
@@ -607,6 +663,11 @@ class LeaseScheduler:
     def check_invariants(self) -> None:
         """Raises AssertionError, saying what is wrong. For tests and for an agent that is being debugged."""
         self._books.check([*(lease.holding for lease in self._leases.values()), *self._actors.values()])
+        used: dict[bytes, int] = {}
+        for lease in self._leases.values():
+            if not lease.blocked:
+                used[lease.job_id] = used.get(lease.job_id, 0) + lease.share
+        assert used == self._used, "what jobs use does not add up"
         owned: list[int] = []
         classes: list[DemandClass] = []
         for owner, record in self._owners.items():

@@ -20,6 +20,7 @@ class LeaseSpec(msgspec.Struct, array_like=True, frozen=True):
     depth: int = 0  # nesting: tasks of the driver are 0, tasks that those submit are 1 ...
     strategy: Strategy = Strategy()
     env_vars: dict[str, str] = {}
+    priority: int = 0  # among what waits, higher first
 
 
 class WorkerAddress(msgspec.Struct, array_like=True, frozen=True):
@@ -250,7 +251,10 @@ class LeaseWaiting(Message, frozen=True, tag=242):
 
 
 class ReclaimLeases(Message, frozen=True, tag=243):
-    """Others wait for what idle leases hold: return those at once."""
+    """Others wait for what leases hold: return idle ones at once, and the rest when they have run dry. `priority`: of
+    what waits; leases for work of a higher one may stay."""
+
+    priority: int = 2**62
 
 
 class LeaseLost(Message, frozen=True, tag=244):

@@ -371,7 +371,7 @@ class ActorManager:
         _, class_id, blob = bound
         actor_id = bytes(new_actor_id(runtime.job_id))  # type: ignore[arg-type]
         constructor = Bound(runtime, f"{template.cls.__name__}.__init__", template.cls.__qualname__, 0)
-        run = TaskRun(0, constructor, None, runtime.depth)
+        run = TaskRun(0, constructor, None, runtime.nesting)
         if args or kwargs:
             runtime.pack(run, args, kwargs)
         detached = template.detached
@@ -383,7 +383,8 @@ class ActorManager:
             template.resources, template.placement, template.strategy, template.name or "",
             runtime.job.namespace if template.namespace is None else template.namespace, detached,
             template.max_restarts, template.max_task_retries, concurrency, template.env_vars, template.handle,
-            msgspec.msgpack.encode(ActorOptions(template.is_async, concurrency, runtime.depth)),
+            msgspec.msgpack.encode(ActorOptions(template.is_async, concurrency, runtime.nesting.depth)),
+            runtime.nesting.settle(template.priority),
         )  # fmt: skip
         client = self._own(actor_id, template.cls.__name__, weak=detached)
         creation = _Creation(self, client, spec, run, blob)

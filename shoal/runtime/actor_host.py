@@ -27,6 +27,7 @@ from shoal.runtime.actor_client import ActorArguments, ActorOptions
 from shoal.runtime.calls import Arrival, Call
 from shoal.runtime.execution import ActorExit, CallRunner
 from shoal.runtime.messages import Argument, Run
+from shoal.runtime.nesting import nest
 from shoal.runtime.object_ref import ObjectRef
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class ActorInstance:
     def construct(self) -> str:
         """Run the constructor and tell the agent how it went; returns why the actor must end, "" if it lives."""
         runtime, spec = self._runtime, self.spec
-        runtime.depth = self._depth + 1
+        runtime.nesting = nest(self._depth + 1, spec.priority, False)
         label = f"{spec.class_name}.__init__"
         error, text = b"", ""
         worker_output.flush(self._label)

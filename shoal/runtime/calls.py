@@ -15,6 +15,7 @@ from shoal.objects.serialization import deserialize, serialize
 from shoal.rpc.messages import Failed
 from shoal.rpc.reactor import Channel
 from shoal.runtime.messages import Argument, Introduce, Run, Template
+from shoal.runtime.nesting import nest
 from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.task_run import Placeholder
 
@@ -64,10 +65,11 @@ class Caller:
 class Target:
     """A template as this worker knows it. `function` is set by whoever runs it first."""
 
-    __slots__ = ("__weakref__", "function", "pace_s", "template", "told_s", "uses")
+    __slots__ = ("__weakref__", "function", "nesting", "pace_s", "template", "told_s", "uses")
 
     def __init__(self, template: Template) -> None:
         self.template = template
+        self.nesting = nest(template.depth + 1, template.priority, True)  # of what it submits
         self.function: Callable[..., Any] | None = None
         self.pace_s: float | None = None
         self.told_s = 0.0  # the pace that the owner knows

@@ -32,6 +32,7 @@ from shoal.runtime.cancelling import Canceller
 from shoal.runtime.leases import TaskManager
 from shoal.runtime.link import WorkerLink
 from shoal.runtime.messages import Argument
+from shoal.runtime.nesting import OUTERMOST
 from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.references import INLINE_BYTES, error_state
 from shoal.runtime.retrying import names_of
@@ -58,14 +59,14 @@ class CoreRuntime(Waiting):
     """See the module. `start` fills it; `shutdown` empties it.
 
     Attributes:
-        depth: nesting of the calls that are submitted from here.
+        nesting: of the calls that are submitted from here.
         leave_actor: what `exit_actor()` does; None outside of an actor.
         find_parent: `Call.started` of the call that the calling code belongs to; None in a driver.
     """
 
     def __init__(self, *, worker_id: bytes, token: bytes, is_driver: bool, name: str) -> None:
         super().__init__(worker_id=worker_id, token=token, is_driver=is_driver, name=name)
-        self.depth = 0
+        self.nesting = OUTERMOST
         self.leave_actor: Callable[[], None] | None = None
         self.find_parent: Callable[[], float] | None = None
         self.canceller = Canceller(self)
@@ -111,6 +112,7 @@ class CoreRuntime(Waiting):
             max_calls=template.max_calls or (1 if template.resources.get("GPU") else 0),
             retry_on=names_of(template.retry_exceptions),
             timeout_s=template.timeout_s,
+            priority=template.priority,
         )
         template.bound = bound
         return bound
@@ -135,10 +137,10 @@ class CoreRuntime(Waiting):
         counter = next(self.counter)
         if bound.num_returns == 1:
             refs: Any = ObjectRef(self.prefix + counter.to_bytes(8, "little") + _FIRST, self.node_id)
-            run = TaskRun(counter, bound, refs, self.depth)
+            run = TaskRun(counter, bound, refs, self.nesting)
         else:
             refs = self._make_refs(counter, bound.num_returns)
-            run = TaskRun(counter, bound, refs and tuple(refs), self.depth)  # the list is the user's to change
+            run = TaskRun(counter, bound, refs and tuple(refs), self.nesting)  # the list is the user's to change
         if args or kwargs:
             self.pack(run, args, kwargs)
         self.submit(run)
@@ -149,10 +151,10 @@ class CoreRuntime(Waiting):
         counter = next(self.counter)
         if bound.num_returns == 1:
             refs: Any = ObjectRef(self.prefix + counter.to_bytes(8, "little") + _FIRST, self.node_id)
-            run = TaskRun(counter, bound, refs, self.depth)
+            run = TaskRun(counter, bound, refs, self.nesting)
         else:
             refs = self._make_refs(counter, bound.num_returns)
-            run = TaskRun(counter, bound, refs and tuple(refs), self.depth)  # the list is the user's to change
+            run = TaskRun(counter, bound, refs and tuple(refs), self.nesting)  # the list is the user's to change
         run.client = client
         if args or kwargs:
             self.pack(run, args, kwargs)

@@ -114,7 +114,7 @@ class CallRunner:
             self.title.show(target, begin)
         thread = threading.get_ident()
         self.calls[thread] = call
-        self.runtime.depth = target.template.depth + 1
+        self.runtime.nesting = target.nesting
         call.started = begin
         timed = target.template.timeout_s
         interrupts = self.endings.interrupts

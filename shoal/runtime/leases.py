@@ -401,16 +401,17 @@ class TaskManager:
         self.class_of(run).add(run)
 
     def class_of(self, run: TaskRun) -> SchedulingClass:
-        cls = run.bound.classes.get(run.depth)
+        cls = run.bound.classes.get(run.nesting)
         if cls is None:
-            cls = run.bound.classes[run.depth] = self._find_class(run)
+            cls = run.bound.classes[run.nesting] = self._find_class(run)
         found: SchedulingClass = cls
         return found
 
     def _find_class(self, run: TaskRun) -> SchedulingClass:
         spec = run.bound.spec
         assert spec is not None
-        spec = msgspec.structs.replace(spec, depth=run.depth)
+        nesting = run.nesting
+        spec = msgspec.structs.replace(spec, depth=nesting.depth, priority=nesting.settle(run.bound.priority))
         key = msgspec.msgpack.encode(msgspec.structs.replace(spec, name=""), order="sorted")
         cls = self._classes.get(key)
         if cls is None:
@@ -461,16 +462,17 @@ class TaskManager:
             case LeaseWaiting():
                 self._by_id[message.class_id].waits(agent, message)
             case ReclaimLeases():
-                self._yield_all()
+                self._yield_all(message.priority)
             case LeaseLost():
                 lease = self.leases.get((agent, message.lease_id))
                 if lease is not None:
                     lease.ended(message.exit)
 
-    def _yield_all(self) -> None:
+    def _yield_all(self, priority: int) -> None:
         """Somebody is starved. For a while leases are not kept for calls that may come."""
         for cls in self._by_id:
-            cls.yield_leases()
+            if cls.spec.priority <= priority:
+                cls.yield_leases()
         self.wanted_by_others = True
         if self._generous is not None:
             self._generous.cancel()

@@ -9,6 +9,7 @@ from shoal.node.messages import WorkerAddress
 from shoal.rpc.frames import encode_message, make_decoder
 from shoal.rpc.reactor import Channel
 from shoal.runtime.messages import Cancel, Ended, Finished, HandedBack, Introduce, Pace, Run, Taken, ToOwner
+from shoal.runtime.nesting import Nesting
 from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.retrying import use_retry
 from shoal.runtime.task_run import Bound, TaskRun
@@ -38,7 +39,7 @@ class WorkerLink:
         self._sink: weakref.ref[Sink] | None = None
         self.use_for(sink)
         self.running: dict[int, TaskRun] = {}
-        self._templates: dict[tuple[int, int], int] = {}
+        self._templates: dict[tuple[int, Nesting], int] = {}
         self._bounds: list[Bound] = []  # by template id; also keeps `id(bound)` from being used again
         self.channel = Channel(runtime.reactor, _decoder, self._message, self._closed)
         if address.node_id == runtime.node_id:
@@ -65,12 +66,12 @@ class WorkerLink:
 
     def send(self, run: TaskRun) -> None:
         bound = run.bound
-        key = (id(bound), run.depth)
+        key = (id(bound), run.nesting)
         template_id = self._templates.get(key)
         if template_id is None:
             template_id = self._templates[key] = len(self._bounds)
             self._bounds.append(bound)
-            self.channel.send(bound.template(template_id, run.depth))
+            self.channel.send(bound.template(template_id, run.nesting))
         self.running[run.counter] = run
         run.stage = "sent"
         self.channel.send_encoded(

@@ -19,7 +19,8 @@ class Template(Message, frozen=True, tag=301):
     """What calls with this `template_id` on this connection have in common. `code`: flat pickled function; empty for a
     method of the actor that lives there, named `method`. `once`: a call must not run twice, so its owner must know
     which one was running when the worker crashes: no result is held back before or after it. `timeout_s`: how long a
-    call may run, 0.0 for ever. `retry_on`: errors that are tried again (`retrying.names_of`)."""
+    call may run, 0.0 for ever. `retry_on`: errors that are tried again (`retrying.names_of`).
+    `priority`: of what the call submits, unless that says otherwise."""
 
     template_id: int
     name: str  # of the task, for people
@@ -33,6 +34,7 @@ class Template(Message, frozen=True, tag=301):
     once: bool = False
     timeout_s: float = 0.0
     retry_on: list[str] = []
+    priority: int = 0
 
 
 class Argument(Message, frozen=True, tag=302):

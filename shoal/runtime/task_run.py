@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shoal.node.messages import LeaseSpec
 from shoal.objects.ids import make_task_id
 from shoal.runtime.messages import Argument, Template
+from shoal.runtime.nesting import Nesting
 
 if TYPE_CHECKING:
     from shoal.objects.ids import TaskId
@@ -50,6 +51,7 @@ class Bound:
         "name",
         "num_returns",
         "pace_s",
+        "priority",
         "retried",
         "retry_on",
         "runtime",
@@ -71,6 +73,7 @@ class Bound:
         max_calls: int = 0,
         retry_on: tuple[str, ...] = (),
         timeout_s: float = 0.0,
+        priority: int | None = None,
     ) -> None:
         self.runtime = runtime
         self.name = name
@@ -83,18 +86,19 @@ class Bound:
         self.max_calls = max_calls
         self.retry_on = retry_on if max_retries else ()
         self.timeout_s = timeout_s
+        self.priority = priority
         self.retried = 0
         self.pace_s: float | None = None
-        self.classes: dict[int, Any] = {}  # depth -> scheduling class
+        self.classes: dict[Nesting, Any] = {}  # -> scheduling class
 
-    def template(self, template_id: int, depth: int) -> Template:
+    def template(self, template_id: int, nesting: Nesting) -> Template:
         resources = self.spec.resources if self.spec is not None else {}
         return Template(
             template_id,
             self.name,
             self.function_name,
             self.num_returns,
-            depth,
+            nesting.depth,
             self.code,
             self.method,
             resources,
@@ -102,6 +106,7 @@ class Bound:
             self.spec is not None and self.max_retries == 0,
             self.timeout_s,
             list(self.retry_on),
+            nesting.settle(self.priority),
         )
 
 
@@ -125,10 +130,10 @@ class TaskRun:
         "client",
         "counter",
         "dependencies",
-        "depth",
         "keep",
         "kwargs",
         "missing",
+        "nesting",
         "packed",
         "parent",
         "refs",
@@ -137,11 +142,11 @@ class TaskRun:
         "suspect",
     )
 
-    def __init__(self, counter: int, bound: Bound, refs: Any, depth: int) -> None:
+    def __init__(self, counter: int, bound: Bound, refs: Any, nesting: Nesting) -> None:
         self.counter = counter
         self.bound = bound
         self.refs = refs
-        self.depth = depth
+        self.nesting = nesting
         self.args = b""
         self.kwargs = b""
         self.packed = False

@@ -138,6 +138,12 @@ def utilisation(demand: Amounts, node: NodeView) -> float:
     return highest
 
 
+def share_of(demand: Amounts, total: Amounts) -> int:
+    """What part of a node `demand` is, in millionths: of the resource that it needs most of. 1 at least."""
+    shares = [amount * 1_000_000 // total[name] for name, amount in demand.items() if total.get(name)]
+    return max(shares, default=0) or 1
+
+
 def _least_used(demand: Amounts, nodes: Sequence[NodeView], top: int, rng: random.Random) -> NodeView:
     """One of the `top` least used, by chance; equally used ones are in random order."""
     if len(nodes) == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,6 +13,7 @@ import pytest
 import shoal
 from shoal.cluster_utils import Cluster, Node
 from shoal.exceptions import ActorUnschedulableError, TaskUnschedulableError
+from shoal.runtime import slot
 from shoal.util.scheduling_strategies import (
     DoesNotExist,
     Exists,
@@ -50,6 +53,12 @@ def where() -> str:
 class Place:
     def where(self) -> str:
         return str(shoal.get_runtime_context().get_node_id())
+
+
+@shoal.remote
+def where_after(seconds: float) -> str:
+    time.sleep(seconds)
+    return str(shoal.get_runtime_context().get_node_id())
 
 
 def selected(**options: object) -> str:
@@ -146,13 +155,70 @@ def test_affinity_when_the_node_is_busy(trio: Trio) -> None:
     shoal.kill(place)
 
 
+# -------------------------------------------------------------------------------------------------- who goes first
+
+
+@shoal.remote(num_cpus=0, resources={"left": 1})
+def stamp() -> float:
+    return time.monotonic()
+
+
+@shoal.remote(num_cpus=0)
+def parent() -> float:
+    return float(shoal.get(stamp.remote()))
+
+
+def wait_for_demand(name: str, count: int) -> None:
+    """Wait until so many leases are wanted for tasks of this name, as control was told."""
+    deadline = time.monotonic() + 20
+    runtime = slot.current
+    assert runtime is not None
+    while sum(row.count for row in runtime.status().demands if row.name == name) != count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_higher_priority_goes_first_and_children_inherit_it(trio: Trio) -> None:
+    holder = Place.options(num_cpus=0, resources={"left": 1}).remote()
+    assert shoal.get(holder.where.remote(), timeout=20) == trio.left.node_id
+    low = [stamp.options(priority=-1).remote() for _ in range(3)]
+    usual = [stamp.remote() for _ in range(3)]
+    high = [stamp.options(priority=2).remote() for _ in range(3)]
+    nested = [parent.options(priority=1).remote()]
+    wait_for_demand("stamp", 10)
+    shoal.kill(holder)
+    groups = [shoal.get(refs, timeout=20) for refs in (high, nested, usual, low)]
+    assert sorted(time for group in groups for time in group) == [time for group in groups for time in sorted(group)]
+
+
+FEW = """
+import sys, time
+import shoal
+
+shoal.init(address=sys.argv[1])
+
+@shoal.remote(num_cpus=0, resources={"left": 1})
+def few():
+    time.sleep(0.01)
+
+shoal.get([few.remote() for _ in range(5)])
+print("done")
+"""
+
+
+def test_the_flood_of_one_driver_does_not_starve_another(trio: Trio) -> None:
+    flood = where_after.options(num_cpus=0, resources={"left": 1})
+    refs = [flood.remote(0.01) for _ in range(10_000)]
+    run = [sys.executable, "-c", FEW, trio.cluster.address]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=40, check=False)
+    assert done.stdout == "done\n", done.stderr
+    _, left = shoal.wait(refs, num_returns=len(refs), timeout=0)
+    assert len(left) > 1000, "the flood is far from its end"
+    for ref in left:
+        shoal.cancel(ref)
+
+
 # --------------------------------------------------------------------------------------------------- spread, packing
-
-
-@shoal.remote
-def where_after(seconds: float) -> str:
-    time.sleep(seconds)
-    return str(shoal.get_runtime_context().get_node_id())
 
 
 @pytest.mark.timeout(30)

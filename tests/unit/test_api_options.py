@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,9 +18,11 @@ from shoal.api.options import (
     task_template,
     variant_key,
 )
-from shoal.api.strategies import NodeAffinitySchedulingStrategy
+from shoal.api.strategies import Exists, In, NodeAffinitySchedulingStrategy, NodeLabelSchedulingStrategy, NotIn
 from shoal.runtime.interface import ActorTemplate, TaskTemplate
 from shoal.scheduling.views import Strategy
+
+NODE = "ab" * 28
 
 
 def plain() -> None: ...
@@ -158,6 +163,41 @@ def test_wrong_task_options(options: dict[str, Any], error: type[Exception], tex
 def test_wrong_actor_options(options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         actor(**options)
+
+
+def test_where_and_when_it_may_run() -> None:
+    assert task().priority is None
+    assert task(priority=-3).priority == -3
+    assert actor(priority=4).priority == 4
+    wants = {
+        "label_selector": {"a": "in(x, y)", "shoal.io/node-id": "!z"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }
+    both = {"a": "in(x,y)", "ray.io/node-id": "!z"}
+    assert task(**wants).strategy == Strategy(labels=both, fallbacks=[{}])
+    labelled = NodeLabelSchedulingStrategy({"b": Exists()}, soft={"b": NotIn("q")})
+    strategy = task(**wants, scheduling_strategy=labelled).strategy
+    assert strategy.labels == {"b": "exists()&!in(q)", **both}
+    assert strategy.fallbacks == [{"b": "exists()", **both}, {"b": "exists()&!in(q)"}, {"b": "exists()"}]
+    assert actor(**wants).strategy.labels == both
+    for again in (pickle.loads(pickle.dumps(labelled)), labelled):
+        assert task(scheduling_strategy=again).strategy == labelled._strategy
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: NodeLabelSchedulingStrategy({}), ValueError, "conditions in hard or soft"),
+        (lambda: NodeLabelSchedulingStrategy({"a": "b"}), ValueError, "hard['a'] of NodeLabelSchedulingStrategy is In"),
+        (lambda: NodeLabelSchedulingStrategy({"a": In("b c")}), ValueError, "none of 'value'"),
+        (In, ValueError, "at least one value"),
+        (lambda: NodeAffinitySchedulingStrategy(NODE, False, _spill_on_unavailable=True), ValueError, "soft=True"),
+        (lambda: NodeAffinitySchedulingStrategy(NODE, True, _fail_on_unavailable=True), ValueError, "soft=False"),
+    ],
+)  # fmt: skip
+def test_wrong_strategies(make: Callable[[], object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        make()
 
 
 def test_the_defaults_of_what_comes_later_pass() -> None:

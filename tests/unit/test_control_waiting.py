@@ -105,6 +105,47 @@ def test_an_actor_without_arguments_can_end(cluster: SimCluster, head: SimAgent,
     cluster.state.check_invariants()
 
 
+# ------------------------------------------------------------------------------------------- who is placed first
+
+
+def hold(driver: SimProcess, count: int, **fields: Any) -> list[bytes]:
+    """Create actors that hold a CPU each."""
+    return [driver.create(cpus=1, **fields).actor_id for _ in range(count)]
+
+
+def placed_in_order(cluster: SimCluster, head: SimAgent, rounds: int) -> list[bytes]:
+    """Ends the actor that has run longest, again and again; returns those that were started in its place."""
+    begun = []
+    for _ in range(rounds):
+        head.end_actor(next(iter(head.running)), intended=True, cause="done")
+        cluster.settle()
+        begun.append(list(head.running)[-1])
+        cluster.state.check_invariants()
+    return begun
+
+
+def test_actors_of_higher_priority_are_placed_first(cluster: SimCluster, head: SimAgent, driver: SimProcess) -> None:
+    hold(driver, 2)
+    [low] = hold(driver, 1, priority=-3)
+    usual = hold(driver, 2)
+    [high] = hold(driver, 1, priority=7)
+    cluster.settle()
+    assert placed_in_order(cluster, head, 4) == [high, *usual, low]
+
+
+def test_jobs_take_turns_at_having_an_actor_placed(cluster: SimCluster, head: SimAgent, driver: SimProcess) -> None:
+    hold(driver, 2)
+    for strategy in (Strategy(), Strategy("spread"), Strategy("node", head.node_id)):
+        hold(driver, 10, strategy=strategy)
+    other = cluster.add_driver(head)
+    few = set(hold(other, 4))
+    cluster.settle()
+    order = [actor in few for actor in placed_in_order(cluster, head, 8)]
+    assert order.count(True) == 4
+    assert order[0] != order[1]
+    assert order == order[:2] * 4
+
+
 # --------------------------------------------------------------------------------------------------- in line with tasks
 
 

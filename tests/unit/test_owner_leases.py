@@ -32,6 +32,7 @@ from shoal.node.messages import (
 from shoal.runtime import leases
 from shoal.runtime.cancelling import Canceller
 from shoal.runtime.leases import TaskManager
+from shoal.runtime.nesting import OUTERMOST
 from shoal.runtime.task_run import Bound, TaskRun
 
 HERE, THERE = b"h" * 28, b"t" * 28
@@ -181,7 +182,7 @@ class World:
     def submit(self, count: int = 1) -> None:
         for _ in range(count):
             self.submitted += 1
-            run = TaskRun(next(self.counters), self.bound, None, 0)
+            run = TaskRun(next(self.counters), self.bound, None, OUTERMOST)
             self.runs.append(run)
             self.tasks.submit(run)
         self.runtime.reactor.settle()
