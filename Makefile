@@ -7,7 +7,7 @@ INTEGRATION := .venv-integration
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test integration lint bench lock clean
+.PHONY: help venv demo test integration compatibility lint bench lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -43,6 +43,9 @@ test: $(STAMP)  ## all tests
 
 integration: $(INTEGRATION)/.installed  ## programs of others on shoal: scikit-learn, Dask, Modin (in .venv-integration)
 	@$(INTEGRATION)/bin/python -m pytest tests/integration
+
+compatibility: $(STAMP)  ## write docs/compatibility.md from docs/compatibility.toml
+	@$(BIN)/python docs/make_compatibility.py
 
 lint: $(STAMP)  ## format, lint, import layers, types
 	$(BIN)/ruff format --check .

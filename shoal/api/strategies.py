@@ -117,7 +117,9 @@ class NodeLabelSchedulingStrategy:
 
     __slots__ = ("_strategy", "hard", "soft")
 
-    def __init__(self, hard: Mapping[str, _Condition], *, soft: Mapping[str, _Condition] | None = None) -> None:
+    def __init__(
+        self, hard: Mapping[str, _Condition] | None = None, *, soft: Mapping[str, _Condition] | None = None
+    ) -> None:
         self.hard, self.soft = dict(hard or {}), dict(soft or {})
         if not self.hard and not self.soft:
             raise ValueError("NodeLabelSchedulingStrategy needs conditions in hard or soft")

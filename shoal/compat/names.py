@@ -60,6 +60,7 @@ VIEWS: Final[Mapping[str, View]] = {
     "ray.runtime_context": View("shoal.api.context"),
     "ray.types": View("", {"ObjectRef": "shoal.runtime.object_ref:ObjectRef"}),
     "ray.util": View("shoal.util", package=True),
+    "ray.util.joblib": View("shoal.util.joblib", {"register_ray": "shoal.util.joblib:register_shoal"}),
 }
 
 OPEN_PACKAGES: Final = ("ray.util.", "ray.experimental.")
