@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class Completions:
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
         self._ending = False
+        self._later: tuple[float, Callable[[], None]] | None = None
 
     def watch(self, ref: ObjectRef[Any], done: Callable[[Read], None]) -> None:
         """Any thread."""
@@ -64,8 +66,16 @@ class Completions:
             self._changed.notify()
         self._arrivals.close()
 
+    def call_after(self, delay_s: float, call: Callable[[], None]) -> None:
+        """By a callback: call this too, unless something is due already, or nothing is being watched by then."""
+        if self._later is None:
+            self._later = time.monotonic() + delay_s, call
+
     def _run(self) -> None:
         while True:
+            if self._later is not None and time.monotonic() >= self._later[0]:
+                (_, call), self._later = self._later, None
+                self._guard(call)
             with self._changed:
                 while not self._watched:
                     if self._ending:
@@ -73,7 +83,8 @@ class Completions:
                         return
                     self._changed.wait()
             try:
-                arrived = self._arrivals.take()
+                left_s = None if self._later is None else max(0.001, self._later[0] - time.monotonic())
+                arrived = self._arrivals.take(left_s)
             except ShoalError as exc:  # the cluster is gone: nothing will come any more
                 self._fail_all(exc)
                 continue
@@ -93,9 +104,11 @@ class Completions:
     def _call(self, key: bytes, read: Read) -> None:
         with self._changed:
             done = self._watched.pop(key, None)
-        if done is None:
-            return
+        if done is not None:
+            self._guard(functools.partial(done, read))
+
+    def _guard(self, call: Callable[[], None]) -> None:
         try:
-            done(read)
+            call()
         except Exception:
             logger.exception("a callback of %s raised", self._name)
