@@ -21,6 +21,7 @@ from shoal.api.options import (
     ACTOR_OPTIONS,
     CALL_OPTIONS,
     METHOD_OPTIONS,
+    actor_rules,
     actor_template,
     check_options,
     qualified_name,
@@ -30,7 +31,7 @@ from shoal.api.remote_call import RemoteCall
 from shoal.api.signatures import ANYTHING, ASYNC_GENERATOR, COROUTINE, GENERATOR, Shape, code_flags, shape_of
 from shoal.api.words import did_you_mean, not_supported
 from shoal.runtime import slot
-from shoal.runtime.interface import ActorClient, ActorTemplate, MethodTemplate
+from shoal.runtime.interface import ActorClient, ActorRules, ActorTemplate, MethodTemplate
 from shoal.runtime.retrying import names_of
 
 P = ParamSpec("P")
@@ -42,6 +43,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 _MAX_VARIANTS: Final = 64  # as for remote functions
 _METHOD_MARK: Final = "__shoal_method__"
+_NO_GROUPS: Final[Mapping[str, int]] = {}
 _STREAMS: Final = -1  # `num_returns` of a generator method that does not say how many values it yields
 
 
@@ -53,13 +55,15 @@ class ActorClassInheritanceException(TypeError):
 
 
 class MethodInfo:
-    """One method as handles know it: its template, and the shape of its parameters (None: unknown)."""
+    """One method as handles know it: its template, the shape of its parameters (None: unknown), and the class's
+    concurrency groups."""
 
-    __slots__ = ("shape", "template")
+    __slots__ = ("groups", "shape", "template")
 
-    def __init__(self, template: MethodTemplate, shape: Shape | None) -> None:
+    def __init__(self, template: MethodTemplate, shape: Shape | None, groups: Mapping[str, int] = _NO_GROUPS) -> None:
         self.template = template
         self.shape = shape
+        self.groups = groups
 
 
 _READY: Final = MethodInfo(MethodTemplate("__ray_ready__", "__ray_ready__"), Shape(0, 0, 0, (), {}, False))
@@ -68,15 +72,24 @@ _TERMINATE: Final = MethodInfo(MethodTemplate("__ray_terminate__", "__ray_termin
 
 
 class ClassInfo:
-    """What a handle needs to know of its class: a name and the methods."""
+    """What a handle needs to know of its class: a name, the methods, the concurrency groups, and what callers keep to
+    (None: nothing but the order)."""
 
-    __slots__ = ("class_name", "methods", "packed")
+    __slots__ = ("class_name", "groups", "methods", "packed", "rules")
 
-    def __init__(self, class_name: str, methods: Mapping[str, MethodInfo]) -> None:
+    def __init__(
+        self,
+        class_name: str,
+        methods: Mapping[str, MethodInfo],
+        groups: Mapping[str, int] = _NO_GROUPS,
+        rules: ActorRules | None = None,
+    ) -> None:
         self.class_name = class_name
         self.methods = dict(methods)
         for builtin in (_READY, _CALL, _TERMINATE):
-            self.methods.setdefault(builtin.template.name, builtin)
+            self.methods.setdefault(builtin.template.name, MethodInfo(builtin.template, builtin.shape, groups))
+        self.groups = groups
+        self.rules = rules
         self.packed = self._pack()
 
     def _pack(self) -> bytes:
@@ -90,12 +103,14 @@ class ClassInfo:
                 info.shape and info.shape.pack(),
                 template.retry_on,
                 template.timeout_s,
+                template.group,
             ]
             for name, info in self.methods.items()
-            if info not in (_READY, _CALL, _TERMINATE)
             for template in (info.template,)
+            if template not in (_READY.template, _CALL.template, _TERMINATE.template)
         ]
-        return msgspec.msgpack.encode([self.class_name, rows])
+        rules = self.rules and [self.rules.any_order, self.rules.max_pending_calls]
+        return msgspec.msgpack.encode([self.class_name, rows, self.groups, rules])
 
     @classmethod
     def unpack(cls, packed: bytes) -> ClassInfo:
@@ -103,15 +118,25 @@ class ClassInfo:
         if found is None:
             import msgspec
 
-            class_name, rows = msgspec.msgpack.decode(packed)
+            class_name, rows, groups, rules = msgspec.msgpack.decode(packed)
             methods = {
                 name: MethodInfo(
-                    MethodTemplate(name, f"{class_name}.{name}", num_returns, retries, tuple(retry_on), timeout_s),
+                    MethodTemplate(
+                        name,
+                        f"{class_name}.{name}",
+                        num_returns,
+                        retries,
+                        tuple(retry_on),
+                        timeout_s,
+                        group,
+                        groups.get(group, 0),
+                    ),
                     None if shape is None else Shape.unpack(shape),
+                    groups,
                 )
-                for name, num_returns, retries, shape, retry_on, timeout_s in rows
+                for name, num_returns, retries, shape, retry_on, timeout_s, group in rows
             }
-            found = cls(class_name, methods)
+            found = cls(class_name, methods, groups, rules and ActorRules(*rules))
             if len(_unpacked) >= _MAX_VARIANTS:
                 _unpacked.clear()
             _unpacked[packed] = found
@@ -121,9 +146,15 @@ class ClassInfo:
 _unpacked: Final[dict[bytes, ClassInfo]] = {}  # handles of one class arrive often: share what they know
 
 
-def describe_class(cls: type, *, max_task_retries: int) -> tuple[ClassInfo, bool]:
-    """The methods of a user's class, private ones included, and whether any of them is `async def`."""
+def describe_class(cls: type, options: Mapping[str, Any]) -> tuple[ClassInfo, bool]:
+    """The methods of a user's class, private ones included, and whether any of them is `async def`.
+
+    Raises:
+        ValueError: the checked `options` contradict each other, or a method names a concurrency group that is not one.
+    """
     methods: dict[str, MethodInfo] = {}
+    max_task_retries = options.get("max_task_retries") or 0
+    groups = options.get("concurrency_groups") or _NO_GROUPS
     is_async = False
     for name in dir(cls):
         if name == "__init__" or name in vars(object):
@@ -139,6 +170,8 @@ def describe_class(cls: type, *, max_task_retries: int) -> tuple[ClassInfo, bool
         if num_returns is None:
             num_returns = _STREAMS if flags & (GENERATOR | ASYNC_GENERATOR) else 1
         retries = marked.get("max_task_retries")
+        wanted = marked.get("concurrency_group")
+        group = _group(wanted, groups, f"{cls.__name__}.{name}") if wanted else ("", 0)
         template = MethodTemplate(
             name,
             f"{cls.__name__}.{name}",
@@ -146,9 +179,25 @@ def describe_class(cls: type, *, max_task_retries: int) -> tuple[ClassInfo, bool
             max_task_retries if retries is None else retries,
             names_of(marked.get("retry_exceptions", False)),
             marked.get("timeout_s", 0.0),
+            *group,
         )
-        methods[name] = MethodInfo(template, shape_of(function, bound=not isinstance(raw, staticmethod)))
-    return ClassInfo(cls.__name__, methods), is_async
+        methods[name] = MethodInfo(template, shape_of(function, bound=not isinstance(raw, staticmethod)), groups)
+    rules = actor_rules(options, is_async=is_async)
+    return ClassInfo(cls.__name__, methods, groups, None if rules == ActorRules() else rules), is_async
+
+
+def _group(name: str, groups: Mapping[str, int], where: str) -> tuple[str, int]:
+    """A concurrency group and its size.
+
+    Raises:
+        ValueError: the class has no such group.
+    """
+    size = groups.get(name)
+    if size is None:
+        known = f"It has {', '.join(map(repr, groups))}" if groups else "It has none: @remote(concurrency_groups={...})"
+        hint = did_you_mean(name, groups)
+        raise ValueError(f"{where}: the actor class has no concurrency group {name!r}.{hint} {known}")
+    return name, size
 
 
 # ----------------------------------------------------------------------------------------------------------- methods
@@ -194,6 +243,9 @@ class ActorMethod(RemoteCall[P, R_co]):
         template = self._template
         settled = check_options(CALL_OPTIONS, options, where=f"{template.label}.options()")
         num_returns, retries = settled.get("num_returns"), settled.get("max_task_retries")
+        group = template.group, template.group_size
+        if settled.get("concurrency_group"):
+            group = _group(settled["concurrency_group"], self._info.groups, f"{template.label}.options()")
         changed = MethodTemplate(
             template.name,
             settled.get("name") or template.label,
@@ -201,8 +253,9 @@ class ActorMethod(RemoteCall[P, R_co]):
             template.max_task_retries if retries is None else retries,
             names_of(settled["retry_exceptions"]) if "retry_exceptions" in settled else template.retry_on,
             settled.get("timeout_s", template.timeout_s),
+            *group,
         )
-        return ActorMethod(self._client, MethodInfo(changed, self._info.shape))
+        return ActorMethod(self._client, MethodInfo(changed, self._info.shape, self._info.groups))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
         name = self._template.name
@@ -275,6 +328,8 @@ class ActorHandle(Generic[T_co]):
     def __init__(self, client: ActorClient, info: ClassInfo) -> None:
         self.__dict__["_shoal_client"] = client
         self.__dict__["_shoal_class"] = info
+        if info.rules is not None:
+            client.set_rules(info.rules)
 
     def __getattr__(self, name: str) -> ActorMethod[..., Any]:
         # Only what is not in __dict__ comes here: the first use of a method, or a mistake.
@@ -355,7 +410,7 @@ class ActorClass(Generic[T]):
         self._bind(cls, check_options(ACTOR_OPTIONS, options, where=f"@remote on class {cls.__qualname__}"))
 
     def _bind(self, cls: type[T], settled: Mapping[str, Any]) -> None:
-        self._info, is_async = describe_class(cls, max_task_retries=settled.get("max_task_retries") or 0)
+        self._info, is_async = describe_class(cls, settled)
         methods = {name: info.template for name, info in self._info.methods.items()}
         self._template: ActorTemplate = actor_template(
             cls, methods, settled, is_async=is_async, handle=self._info.packed

@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 from shoal.api.signatures import ASYNC_GENERATOR, COROUTINE, GENERATOR, code_flags
 from shoal.api.strategies import place, to_fallbacks, to_selector, to_strategy
 from shoal.api.words import did_you_mean, not_supported
-from shoal.runtime.interface import ActorTemplate, MethodTemplate, TaskTemplate
+from shoal.runtime.interface import ActorRules, ActorTemplate, MethodTemplate, TaskTemplate
 from shoal.scheduling.resources import to_amounts
 from shoal.scheduling.views import Amounts
 
@@ -117,6 +117,27 @@ def _retry_exceptions(name: str, value: Any) -> bool | tuple[type[BaseException]
         if not (isinstance(item, type) and issubclass(item, BaseException)):
             raise TypeError(f"option 'retry_exceptions' lists exception classes, {item!r} is not one")
     return tuple(value)
+
+
+def _groups(name: str, value: Any) -> dict[str, int]:
+    if value is None or (isinstance(value, list) and not value):
+        return {}
+    if not isinstance(value, Mapping):
+        _wrong(name, "a dict of names to how many calls run at a time", value)
+    for group, size in value.items():
+        if not isinstance(group, str) or not group:
+            raise TypeError(f"option {name!r} has a name that is not a string, or empty: {group!r}")
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"option {name!r}: the size of {group!r} is a whole number, not {size!r}")
+        if not 1 <= size < 2**31:
+            raise ValueError(f"option {name!r}: the size of {group!r} is 1 or more, not {size}")
+    return dict(value)
+
+
+def _max_pending(name: str, value: Any) -> int:
+    if value is None or (type(value) is int and value == -1):
+        return -1
+    return int(_whole(1, "-1 (no limit), 1 or more")(name, value) or -1)
 
 
 def _lifetime(name: str, value: Any) -> str | None:
@@ -227,8 +248,8 @@ ACTOR_OPTIONS: Final[Mapping[str, Check]] = {
     "max_restarts": _whole(-1, "-1 (no limit), 0 or more"),
     "max_task_retries": _whole(-1, "-1 (no limit), 0 or more"),
     "max_concurrency": _whole(1, "1 or more"),
-    "max_pending_calls": _later(None, -1),
-    "concurrency_groups": _later(None, {}, []),
+    "max_pending_calls": _max_pending,
+    "concurrency_groups": _groups,
     "allow_out_of_order_execution": _optional_flag,
     "object_store_memory": _later(None, 0),
     "enable_tensor_transport": _later(None, False),
@@ -241,7 +262,7 @@ METHOD_OPTIONS: Final[Mapping[str, Check]] = {
     "retry_exceptions": _retry_exceptions,
     "timeout_s": _seconds,
     "enable_task_events": _flag,
-    "concurrency_group": _later(None),
+    "concurrency_group": _text,
     "tensor_transport": _later(None),
     "_generator_backpressure_num_objects": _later(None, -1),
     "_num_objects_per_yield": _later(None, 1),
@@ -337,6 +358,20 @@ def task_template(function: Callable[..., Any], options: Mapping[str, Any]) -> T
     )
 
 
+def actor_rules(options: Mapping[str, Any], *, is_async: bool) -> ActorRules:
+    """What callers of an actor keep to, from its checked `options`.
+
+    Raises:
+        ValueError: options that contradict each other.
+    """
+    any_order = is_async or _or(options.get("max_concurrency"), 1) > 1
+    if any_order and options.get("allow_out_of_order_execution") is False:
+        raise ValueError("an actor that runs several calls at a time cannot keep their order: leave it unset, or True")
+    return ActorRules(
+        any_order or bool(options.get("allow_out_of_order_execution")), options.get("max_pending_calls", -1)
+    )
+
+
 def actor_template(
     cls: type, methods: Mapping[str, MethodTemplate], options: Mapping[str, Any], *, is_async: bool, handle: bytes
 ) -> ActorTemplate:
@@ -347,10 +382,6 @@ def actor_template(
     """
     if options.get("get_if_exists") and not options.get("name"):
         raise ValueError("get_if_exists=True needs a name to look for; give name=...")
-    if options.get("allow_out_of_order_execution") is False and (
-        is_async or _or(options.get("max_concurrency"), 1) > 1
-    ):
-        raise ValueError("an actor that runs several calls at a time cannot keep their order: leave it unset, or True")
     asked = any(options.get(name) is not None for name in ("num_cpus", "num_gpus", "memory", "accelerator_type"))
     asked = asked or bool(options.get("resources"))
     # An actor that asks for nothing needs a CPU to be placed, which keeps thousands of them off one node, but holds
@@ -372,6 +403,8 @@ def actor_template(
         max_restarts=_or(options.get("max_restarts"), 0),
         max_task_retries=_or(options.get("max_task_retries"), 0),
         max_concurrency=_or(options.get("max_concurrency"), 0),
+        groups=options.get("concurrency_groups"),
+        rules=actor_rules(options, is_async=is_async),
         is_async=is_async,
         env_vars=options.get("runtime_env"),
         handle=handle,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Coroutine, Iterator
+from typing import Any, Protocol
 
 from shoal.control.messages import ActorFailed, ActorGone, ActorStarted, ActorWaits, JobInfo, StartActor, StopActor
 from shoal.exceptions import ShoalError
@@ -35,6 +35,7 @@ class Host(Protocol):
     @property
     def scheduler(self) -> LeaseScheduler: ...
     async def job(self, job_id: bytes) -> JobInfo: ...
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None: ...
     def assigned(self, worker: Worker, job_id: bytes) -> None:
         """The worker belongs to this job from now on."""
 
@@ -78,16 +79,22 @@ class ActorHost:
 
     # ------------------------------------------------------------------------------------------------- starting
 
-    async def start(self, order: StartActor) -> None:
+    def start(self, order: StartActor) -> None:
         """Give the actor a worker and have it run the constructor; the outcome is told by `ready` or `ended`."""
-        spec, agent = order.spec, self._agent
-        if spec.actor_id in self._actors:
+        actor_id = order.spec.actor_id
+        if actor_id in self._actors:
             self._refuse(order, "an older life of it is still ending here")
             return
-        hosted = self._actors[spec.actor_id] = _Hosted(order)
-        hosted.devices = agent.scheduler.acquire_actor(spec.actor_id, spec.placement, spec.resources)
-        if hosted.devices is None and order.patience_s > 0:
-            await self._stand_in_line(hosted)
+        hosted = self._actors[actor_id] = _Hosted(order)  # now: an order to stop it may come next
+        self._agent.spawn(self._start(hosted), "start-actor")
+
+    async def _start(self, hosted: _Hosted) -> None:
+        order, agent = hosted.order, self._agent
+        spec = order.spec
+        if not hosted.stopping:
+            hosted.devices = agent.scheduler.acquire_actor(spec.actor_id, spec.placement, spec.resources)
+            if hosted.devices is None and order.patience_s > 0:
+                await self._stand_in_line(hosted)
         if hosted.devices is None or hosted.stopping:
             self._forget(spec.actor_id)
             if hosted.stopping:

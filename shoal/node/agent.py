@@ -482,7 +482,7 @@ class Agent:
     def _from_control(self, message: Any) -> None:
         match message:
             case control.StartActor():
-                self.spawn(self.actors.start(message), "start-actor")
+                self.actors.start(message)
             case control.StopActor():
                 self.actors.stop(message)
             case control.JobEnded():

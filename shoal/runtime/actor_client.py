@@ -10,7 +10,6 @@ counts them.
 
 from __future__ import annotations
 
-import collections
 import itertools
 import logging
 import threading
@@ -28,8 +27,11 @@ from shoal.node.messages import ERROR, INLINE, LOST, ObjectState, WorkerAddress
 from shoal.objects.ids import actor_object_id, function_id, new_actor_id
 from shoal.objects.serialization import deserialize, serialize
 from shoal.rpc.messages import Failed
+from shoal.runtime.actor_lines import Lines
+from shoal.runtime.interface import ActorRules
 from shoal.runtime.link import WorkerLink
 from shoal.runtime.object_ref import ObjectRef
+from shoal.runtime.pending_calls import PendingCalls
 from shoal.runtime.retrying import use_retry
 from shoal.runtime.task_run import CANCELLED_STAGES, Bound, TaskRun
 
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WINDOW: Final = 10_000
-"""Calls sent and not answered, per caller and actor; more wait here rather than in the actor's memory."""
 ASYNC_CONCURRENCY: Final = 1000
 """Calls of an async actor that run at a time, when the class does not say."""
 WANTED_ENDS: Final = frozenset({"killed", "exited", "out_of_scope", "job_ended"})
@@ -56,11 +56,14 @@ UNKNOWN_AGAIN_S: Final = 0.1
 
 
 class ActorOptions(msgspec.Struct, array_like=True, frozen=True):
-    """`ActorSpec.options`: what the worker needs to run the actor. `max_concurrency` is at least 1."""
+    """`ActorSpec.options`: what the worker needs to run the actor. `max_concurrency`, at least 1, is of the calls that
+    name none of the concurrency `groups`. `any_order`: calls of one caller may overtake each other."""
 
     is_async: bool
     max_concurrency: int
     depth: int
+    groups: dict[str, int] = {}
+    any_order: bool = False
 
 
 class ActorArguments(msgspec.Struct, array_like=True, frozen=True):
@@ -80,18 +83,18 @@ class Connection:
         self._actor_id = actor_id
         self.label = label
         self.info = ActorInfo(actor_id, "pending")
-        self._queue: collections.deque[TaskRun] = collections.deque()
-        self._parked: dict[int, TaskRun] = {}  # by counter: waits for arguments, and holds nobody up (see `any_order`)
+        self.pending: PendingCalls | None = None  # when their number is limited
+        self._lines = Lines()
         self._link: WorkerLink | None = None
         self._asked = False
         self._unknown_since = 0.0
-        self._alone: TaskRun | None = None  # is sent, may be tried again, and nothing may overtake it
         self._unsure: list[TaskRun] = []  # sent over a connection that broke: control says what became of the actor
 
-    @property
-    def any_order(self) -> bool:
-        """Calls may overtake each other: those whose arguments are not ready need not hold up the rest."""
-        return self.info.max_concurrency > 1
+    def set_rules(self, rules: ActorRules) -> None:
+        """Any thread."""
+        self._lines.main.any_order = rules.any_order
+        if rules.max_pending_calls >= 0 and self.pending is None:
+            self.pending = PendingCalls(rules.max_pending_calls)
 
     def enqueue(self, run: TaskRun) -> None:
         """Take its place in the order; it is sent when its arguments and its turn have come."""
@@ -100,7 +103,8 @@ class Connection:
         if self.info.state == "dead":
             self._runtime.fail(run, self._death())
             return
-        self._queue.append(run)
+        line = self._lines.of(run) if run.bound.group else self._lines.main
+        line.queue.append(run)
         if run.dependencies is None:
             self.pump()
 
@@ -171,7 +175,7 @@ class Connection:
             link.close()
 
     def _take_back(self, link: WorkerLink) -> None:
-        self._alone = None
+        self._lines.link_lost()
         self._unsure.extend(link.take_back())
 
     def _settle_unsure(self) -> None:
@@ -194,24 +198,22 @@ class Connection:
             use_retry(self._runtime, run, f"{self.label} ended")
             run.stage = "queued"
             again.append(run)
-        self._queue.extendleft(reversed(again))
+        self._lines.again(again)
 
     def _fail_unsent(self) -> None:
-        failed = [*self._queue, *self._parked.values()]
-        self._queue.clear()
-        self._parked.clear()
-        self._fail(failed)
+        self._fail(self._lines.take_all())
 
     def _fail(self, runs: list[TaskRun]) -> None:
         death = self._death() if runs else None
         wanted = self.info.kind in WANTED_ENDS
         for run in runs:
             assert death is not None
-            run.client = None
+            if run.stage == "done":
+                continue
             if wanted and run.refs is not None:
                 for ref in run.refs if isinstance(run.refs, tuple) else (run.refs,):
                     ref.watched = True  # nobody needs to be told of an error that somebody asked for
-            self._runtime.fail(run, death)
+            self._runtime.finish(run, [death])
 
     def _death(self) -> ObjectState:
         info = self.info
@@ -230,58 +232,39 @@ class Connection:
     def pump(self) -> None:
         """Send calls in order, as long as their arguments are ready and the window allows."""
         link = self._link
-        if link is None or link.closed:
-            return
-        queue = self._queue
-        while queue and self._alone is None and len(link.running) < WINDOW:
-            run = queue[0]
-            if run.stage == "arguments":
-                if not self.any_order:
-                    return
-                self._parked[queue.popleft().counter] = run
-                continue
-            queue.popleft()
-            link.send(run)
-            if run.bound.retry_on and run.retries and not self.any_order:
-                self._alone = run
+        if link is not None and not link.closed:
+            self._lines.send_to(link)
 
     def arguments_ready(self, run: TaskRun) -> None:
         """What the call waited for is here."""
-        if self._parked.pop(run.counter, None) is not None:
-            self._queue.append(run)
+        self._lines.of(run).arguments_ready(run)
         self.pump()
 
     def withdraw(self, run: TaskRun) -> None:
         """The call has failed before it was sent."""
-        if self._parked.pop(run.counter, None) is not None:
-            return
-        try:
-            self._queue.remove(run)
-        except ValueError:
-            return  # it was not in the queue: it had been sent
-        self._runtime.reactor.call_soon(self.pump)
+        if self._lines.of(run).withdraw(run):
+            self._runtime.reactor.call_soon(self.pump)
 
     def queued(self) -> Iterator[TaskRun]:
         """What waits here."""
-        return itertools.chain(self._queue, self._parked.values())
+        return self._lines.waiting()
 
     def retry(self, run: TaskRun) -> None:
         """User code raised what is to be tried again."""
-        self._alone = None
-        self._queue.appendleft(run)
+        self._lines.again([run])
         self.pump()
 
     def worker_leaves(self) -> None:
         """Control says what becomes of an actor."""
 
     def run_ended(self, run: TaskRun) -> None:
-        if self._alone is run:
-            self._alone = None
-        if self._queue:
-            self.pump()
+        line = self._lines.of(run) if run.bound.group else self._lines.main
+        if line.alone is run:
+            line.alone = None
+        self.pump()
 
     def handed_back(self, runs: list[TaskRun]) -> None:
-        self._queue.extendleft(reversed(runs))
+        self._lines.again(runs)
         self.pump()
 
     def link_closed(self, link: WorkerLink, reason: Exception) -> None:
@@ -324,6 +307,7 @@ class Client:
         self._connection = connection
         self._actor_id = actor_id
         self.ref = ref  # None: weak
+        self.pending: PendingCalls | None = None  # told of each end of a call, when their number is limited
         # What a call asks of its client is the connection's matter.
         self.enqueue = connection.enqueue
         self.pump = connection.pump
@@ -342,12 +326,30 @@ class Client:
     def location(self) -> tuple[bytes, bytes, bool]:
         return self._actor_id, self.ref.home if self.ref is not None else b"", self.ref is None
 
+    def set_rules(self, rules: ActorRules) -> None:
+        self._connection.set_rules(rules)
+        self.pending = self._connection.pending
+        if self.pending is not None:
+            self.call = self._call_limited  # type: ignore[method-assign]  # costs nothing where there is no limit
+
     def call(self, method: MethodTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         manager = self._manager
-        bound = manager.bounds.get(method)
-        if bound is None:
+        bound = method.bound
+        if bound is None or bound.runtime is not manager.runtime:
             bound = manager.bind_method(method)
         return manager.runtime.submit_call(self, bound, args, kwargs)
+
+    def _call_limited(self, method: MethodTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pending = self.pending
+        assert pending is not None
+        if not pending.begin():
+            text = f"{method.label}.remote(): {pending.limit} calls of this process to {self._connection.label} are"
+            raise exceptions.PendingCallsLimitExceeded(f"{text} pending (max_pending_calls); get some results first")
+        try:
+            return Client.call(self, method, args, kwargs)
+        except BaseException:  # it was not submitted
+            pending.end()
+            raise
 
 
 class ActorManager:
@@ -355,7 +357,7 @@ class ActorManager:
 
     def __init__(self, runtime: CoreRuntime) -> None:
         self.runtime = runtime
-        self.bounds: dict[MethodTemplate, Bound] = {}
+        self._bounds: dict[MethodTemplate, Bound] = {}
         self._connections: weakref.WeakValueDictionary[bytes, Connection] = weakref.WeakValueDictionary()
         self._counted: weakref.WeakValueDictionary[bytes, Client] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -383,7 +385,11 @@ class ActorManager:
             template.resources, template.placement, template.strategy, template.name or "",
             runtime.job.namespace if template.namespace is None else template.namespace, detached,
             template.max_restarts, template.max_task_retries, concurrency, template.env_vars, template.handle,
-            msgspec.msgpack.encode(ActorOptions(template.is_async, concurrency, runtime.nesting.depth)),
+            msgspec.msgpack.encode(
+                ActorOptions(
+                    template.is_async, concurrency, runtime.nesting.depth, template.groups, template.rules.any_order
+                )
+            ),
             runtime.nesting.settle(template.priority),
         )  # fmt: skip
         client = self._own(actor_id, template.cls.__name__, weak=detached)
@@ -402,13 +408,17 @@ class ActorManager:
 
     def bind_method(self, method: MethodTemplate) -> Bound:
         """What all calls of this method share; methods of all actors of a class are equal."""
-        if len(self.bounds) >= MAX_BOUNDS:
-            self.bounds.clear()
-        bound = Bound(
-            self.runtime, method.label, method.label, method.num_returns, method=method.name,
-            max_retries=method.max_task_retries, retry_on=method.retry_on, timeout_s=method.timeout_s,
-        )  # fmt: skip
-        return self.bounds.setdefault(method, bound)
+        bound = self._bounds.get(method)
+        if bound is None:
+            if len(self._bounds) >= MAX_BOUNDS:
+                self._bounds.clear()
+            bound = self._bounds[method] = Bound(
+                self.runtime, method.label, method.label, method.num_returns, method=method.name,
+                max_retries=method.max_task_retries, retry_on=method.retry_on, timeout_s=method.timeout_s,
+                group=method.group, group_size=method.group_size,
+            )  # fmt: skip
+        method.bound = bound
+        return bound
 
     def queued(self) -> Iterator[TaskRun]:
         """Calls that wait for an actor."""
@@ -477,6 +487,8 @@ class ActorManager:
 class _Creation:
     """An actor on its way to control, which knows it from the start: its name, its owner, and that it waits when the
     constructor's arguments are not ready. They follow once they are."""
+
+    pending: Final = None  # as of a client, which it takes the place of
 
     def __init__(self, manager: ActorManager, client: Client, spec: ActorSpec, run: TaskRun, blob: bytes) -> None:
         self._manager = manager

@@ -1,7 +1,8 @@
 """An actor inside its worker: construct it, run its methods in the way its class asks for, and let it go.
 
     synchronous, max_concurrency 1   methods run on the main thread, in the order of arrival
-    max_concurrency n > 1            on up to n threads, made when they are needed; the main thread waits for the end
+    max_concurrency n > 1, or        on up to n threads of each group, made when they are needed (see `call_threads`);
+    concurrency groups               the main thread waits for the end
     any `async def` method           on an event loop on the main thread (see `async_actor`)
 
 However it ends, the end is on the main thread: the instance goes (so that its `__del__` runs while the process is
@@ -24,6 +25,7 @@ from shoal.node.messages import ActorReady, BeginActor
 from shoal.objects.serialization import deserialize, serialize
 from shoal.runtime import worker_exit, worker_output
 from shoal.runtime.actor_client import ActorArguments, ActorOptions
+from shoal.runtime.call_threads import Calls, CallThreads
 from shoal.runtime.calls import Arrival, Call
 from shoal.runtime.execution import ActorExit, CallRunner
 from shoal.runtime.messages import Argument, Run
@@ -40,12 +42,10 @@ class ActorInstance:
     """An actor with its instance; made on the reactor's thread, lives on the main thread. Subclasses run its calls.
 
     Attributes:
-        any_order: calls of one caller may begin in another order than they were sent.
+        any_order: calls of one caller may begin in another order than they were sent, whatever their group.
         instance: the user's object, None before the constructor has returned and after the end.
         leaving: why it ends before the calls that wait, "" while it does not.
     """
-
-    any_order = False
 
     def __init__(self, runner: CallRunner, begin: BeginActor, options: ActorOptions) -> None:
         self.spec = begin.spec
@@ -56,6 +56,11 @@ class ActorInstance:
         self._runtime = runner.runtime
         self._blob = begin.class_blob
         self._depth = options.depth
+        # Which groups keep the order of calls that wait for arguments: those that run one call at a time.
+        ordered = [] if options.any_order or options.max_concurrency > 1 or options.is_async else [""]
+        ordered += [name for name, size in options.groups.items() if size == 1]
+        self._ordered = frozenset(ordered)
+        self.any_order = not ordered
         self._label = begin.spec.class_name
         self._exit_code = 0
         self._arguments, self._all_here = self._fetch_arguments()
@@ -66,6 +71,10 @@ class ActorInstance:
         return self._label
 
     # ------------------------------------------------------------------------------- what the reactor's thread asks
+
+    def keeps_order(self, call: Call) -> bool:
+        """Whether calls of the same caller and group may not begin before this one."""
+        return call.target.template.group in self._ordered
 
     def submit(self, call: Call) -> None:
         """Run this when its turn comes. On the reactor's thread."""
@@ -226,40 +235,34 @@ class SequentialActor(ActorInstance):
 
 
 class ThreadedActor(ActorInstance):
-    """Up to `max_concurrency` calls at a time, each on a thread."""
-
-    any_order = True
+    """Up to `max_concurrency` calls at a time, and as many of each concurrency group, each on a thread."""
 
     def __init__(self, runner: CallRunner, begin: BeginActor, options: ActorOptions) -> None:
         super().__init__(runner, begin, options)
-        self._most = options.max_concurrency
-        self._idle = threading.Semaphore(0)  # threads that wait for a call
-        self._threads = 0  # made so far; the reactor's
-        self._finished = 0  # of those, after `end`
-        self._lock = threading.Lock()
         self._end_cause = ""
-        self._over: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._over: queue.SimpleQueue[str] = queue.SimpleQueue()  # the main thread waits here
+        self._main = self._threads(runner.queue, "actor", options.max_concurrency)
+        self._groups = {name: self._threads(queue.SimpleQueue(), name, most) for name, most in options.groups.items()}
+        self._working = 1 + len(self._groups)  # groups that have not ended
+        self._lock = threading.Lock()
+
+    def _threads(self, calls: Calls, name: str, most: int) -> CallThreads:
+        return CallThreads(name, most, calls, self._runner.execute, lambda: self.leaving, self._group_over)
 
     def submit(self, call: Call) -> None:
-        self._runner.queue.put(call)
-        if self._threads < self._most and not self._idle.acquire(blocking=False):
-            try:
-                threading.Thread(target=self._work, name=f"actor-{self._threads + 1}", daemon=True).start()
-            except RuntimeError as exc:
-                if not self._threads:
-                    raise
-                logger.warning("%s cannot have more than %s threads: %s", self.label, self._threads, exc)
-                self._most = self._threads
-            else:
-                self._threads += 1
+        self._groups.get(call.target.template.group, self._main).submit(call)
 
     def end(self, cause: str) -> None:
+        self._end_cause = cause
+        for threads in (self._main, *self._groups.values()):
+            threads.end()
+
+    def _group_over(self) -> None:
         with self._lock:
-            self._end_cause = cause
-            nobody = self._finished == self._threads
-        if nobody:
-            self._over.put(cause)
-        self._runner.queue.put(None)
+            self._working -= 1
+            last = self._working == 0
+        if last:
+            self._over.put(self._end_cause)
 
     def wake_to_leave(self) -> None:
         self._over.put("")
@@ -267,22 +270,3 @@ class ThreadedActor(ActorInstance):
     def _run(self) -> str:
         failure = self.construct()
         return failure or self.leaving or self._over.get() or self.leaving
-
-    def _work(self) -> None:
-        """A thread's life. An end is passed on from thread to thread: None stays in the queue."""
-        runner = self._runner
-        while not self.leaving:
-            try:
-                call = runner.queue.get_nowait()
-            except queue.Empty:
-                self._idle.release()
-                call = runner.queue.get()
-            if call is None:
-                runner.queue.put(None)
-                break
-            runner.execute(call)
-        with self._lock:
-            self._finished += 1
-            last = self._finished == self._threads
-        if last and self._end_cause:
-            self._over.put(self._end_cause)

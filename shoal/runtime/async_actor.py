@@ -1,8 +1,9 @@
 """An actor with `async def` methods: its calls are tasks of an event loop on the worker's main thread.
 
-Up to `max_concurrency` (1000) calls are begun at a time, in the order of their arrival; methods that are not coroutines
-run on the loop too, and hold it up. Calls come from the reactor in batches: one wake-up of the loop for all that have
-arrived meanwhile, and the replies of one round of the loop leave in one write.
+Up to `max_concurrency` (1000) calls are begun at a time, and as many of each concurrency group as that says, in the
+order of their arrival; methods that are not coroutines run on the loop too, and hold it up. Calls come from the reactor
+in batches: one wake-up of the loop for all that have arrived meanwhile, and the replies of one round of the loop leave
+in one write.
 
 At the end the user's own tasks, which belong to no call, are cancelled and given `CANCEL_S` for their clean-up.
 """
@@ -36,16 +37,13 @@ _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("shoal_call"
 class AsyncActor(ActorInstance):
     """See the module. All but `submit`, `end` and `wake_to_leave` happens on the loop."""
 
-    any_order = True
-
     def __init__(self, runner: CallRunner, begin: BeginActor, options: ActorOptions) -> None:
         super().__init__(runner, begin, options)
-        self._most = options.max_concurrency
         self._loop = asyncio.new_event_loop()
         self._arrived: collections.deque[Call] = collections.deque()
         self._waking = False  # the loop was told to look at what arrived
-        self._waiting: collections.deque[Call] = collections.deque()  # for a slot
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._main = _Group(self, options.max_concurrency)
+        self._groups = {name: _Group(self, most) for name, most in options.groups.items()}
         self._running: dict[Call, asyncio.Task[None]] = {}
         self._unflushed: set[Caller] = set()
         self._end_cause = ""
@@ -91,7 +89,9 @@ class AsyncActor(ActorInstance):
 
     async def _finish(self) -> None:
         me = asyncio.current_task()
-        while not self.leaving and (self._arrived or self._waiting or self._tasks):
+        while not self.leaving and (
+            self._arrived or any(group.is_busy for group in (self._main, *self._groups.values()))
+        ):
             self._look_again.clear()
             await self._look_again.wait()
         rest = [task for task in asyncio.all_tasks() if task is not me]
@@ -109,21 +109,18 @@ class AsyncActor(ActorInstance):
 
     def _take_arrived(self) -> None:
         self._waking = False
-        arrived, waiting = self._arrived, self._waiting
+        arrived, main, groups = self._arrived, self._main, self._groups
         while arrived:
-            waiting.append(arrived.popleft())
-        self._start_waiting()
+            call = arrived.popleft()
+            (main if not groups else groups.get(call.target.template.group, main)).waiting.append(call)
+        main.start_waiting()
+        for group in groups.values():
+            group.start_waiting()
 
-    def _start_waiting(self) -> None:
-        while self._waiting and len(self._tasks) < self._most and not self.leaving:
-            task = self._loop.create_task(self._run_call(self._waiting.popleft()))
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
+    def start(self, call: Call) -> asyncio.Task[None]:
+        return self._loop.create_task(self._run_call(call))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if self._waiting:
-            self._start_waiting()
+    def call_ended(self) -> None:
         if self._end_task is not None:
             self._look_again.set()
 
@@ -184,3 +181,32 @@ class AsyncActor(ActorInstance):
             self._warned = True
             text = "%s waits with get() or wait() on its event loop, where nothing else runs meanwhile; use await"
             logger.warning(text, self.label)
+
+
+class _Group:
+    """A concurrency group: how many of its calls run at a time, and those that wait for a place."""
+
+    __slots__ = ("_actor", "_most", "_tasks", "waiting")
+
+    def __init__(self, actor: AsyncActor, most: int) -> None:
+        self._actor = actor
+        self._most = most
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.waiting: collections.deque[Call] = collections.deque()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.waiting or self._tasks)
+
+    def start_waiting(self) -> None:
+        actor, waiting, tasks = self._actor, self.waiting, self._tasks
+        while waiting and len(tasks) < self._most and not actor.leaving:
+            task = actor.start(waiting.popleft())
+            tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self.waiting:
+            self.start_waiting()
+        self._actor.call_ended()

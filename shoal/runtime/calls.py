@@ -47,7 +47,7 @@ class Caller:
         self.prefix = b""
         self.targets: list[Target] = []  # by template id
         self.handover: dict[int, list[Any]] = {}  # by counter: refs in results, kept until the owner counts them
-        self.held: collections.deque[Call] = collections.deque()  # see `Executor`
+        self.held: dict[str, collections.deque[Call]] = {}  # by concurrency group; see `Executor`
         self.flush_due = False
         self.dropped: dict[int, None] = {}
 

@@ -293,6 +293,8 @@ class CoreRuntime(Waiting):
     def finish_inline(self, run: TaskRun, payload: bytes) -> None:
         """The usual end: one small value."""
         run.stage = "done"
+        if run.client is not None and run.client.pending is not None:
+            run.client.pending.end()
         ref = run.refs
         if type(ref) is not ObjectRef:  # no result wanted, or the worker speaks of another number of them
             return
@@ -306,6 +308,8 @@ class CoreRuntime(Waiting):
 
     def finish(self, run: TaskRun, results: list[ObjectState]) -> None:
         run.stage = "done"
+        if run.client is not None and run.client.pending is not None:
+            run.client.pending.end()
         refs = [run.refs] if type(run.refs) is ObjectRef else run.refs or []
         if len(results) == 1 and len(refs) != 1:
             results = results * len(refs)  # one error for all

@@ -8,6 +8,7 @@ that the same caller sent after it, unless the actor takes calls in any order.
 
 from __future__ import annotations
 
+import collections
 import importlib
 import logging
 import os
@@ -119,21 +120,35 @@ class Executor:
         if call.missing == 0 and (actor.any_order or not caller.held):
             actor.submit(call)
             return
+        if not actor.keeps_order(call):
+            if call.missing == 0:
+                actor.submit(call)
+            else:
+                self._underway += 1
+            return
+        held = caller.held.get(call.target.template.group)
+        if held is None:
+            if call.missing == 0:
+                actor.submit(call)
+                return
+            held = caller.held[call.target.template.group] = collections.deque()
         self._underway += 1
-        if not actor.any_order:
-            caller.held.append(call)
+        held.append(call)
 
     def _complete(self, call: Call) -> None:
         """The last of its arguments has come."""
         actor = self._actor
         if actor is None:
             self._enqueue_task(call)
-        elif actor.any_order:
+        elif not actor.keeps_order(call):
             self._submit_late(actor, call)
         else:
-            held = call.caller.held
+            group = call.target.template.group
+            held = call.caller.held[group]
             while held and held[0].missing == 0:
                 self._submit_late(actor, held.popleft())
+            if not held:
+                del call.caller.held[group]
 
     def _submit_late(self, actor: ActorInstance, call: Call) -> None:
         self._underway -= 1
@@ -222,9 +237,9 @@ class Executor:
 
     def _become(self, begin: BeginActor) -> None:
         options = msgspec.msgpack.decode(begin.spec.options, type=ActorOptions)
-        kind: type[ActorInstance] = ThreadedActor if options.max_concurrency > 1 else SequentialActor
-        if options.is_async:
-            kind = AsyncActor
+        kind: type[ActorInstance] = AsyncActor if options.is_async else SequentialActor
+        if not options.is_async and (options.max_concurrency > 1 or options.groups):
+            kind = ThreadedActor
         actor = kind(self.runner, begin, options)
         self._actor = self.runner.actor = self.runner.endings.actor = actor
         self.runner.queue.put(None)  # the main thread stops taking tasks

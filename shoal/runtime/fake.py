@@ -16,7 +16,7 @@ from typing import Any, Final
 from shoal.control.messages import ActorInfo, JobInfo, NodeInfo, StatusReply
 from shoal.exceptions import ActorAlreadyExistsError, ActorDiedError, ShoalError, TaskError
 from shoal.objects.ids import OBJECT_BYTES, ActorId, JobId, NodeId, new_actor_id
-from shoal.runtime.interface import ActorClient, ActorTemplate, ContextData, MethodTemplate, TaskTemplate
+from shoal.runtime.interface import ActorClient, ActorRules, ActorTemplate, ContextData, MethodTemplate, TaskTemplate
 from shoal.runtime.object_ref import ObjectRef
 from shoal.scheduling.resources import to_amounts
 
@@ -55,6 +55,8 @@ class FakeRef(ObjectRef[Any]):
 class FakeActor:
     """An actor and, since there is one process, its one client."""
 
+    rules = ActorRules()
+
     def __init__(self, runtime: FakeRuntime, template: ActorTemplate, actor_id: ActorId) -> None:
         self.runtime = runtime
         self.template = template
@@ -65,6 +67,9 @@ class FakeActor:
 
     def location(self) -> tuple[bytes, bytes, bool]:
         return self.actor_id, NODE, False
+
+    def set_rules(self, rules: ActorRules) -> None:
+        self.rules = rules
 
     def call(self, method: MethodTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls.append(method)

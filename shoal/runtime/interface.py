@@ -85,6 +85,17 @@ class TaskTemplate:
         self.bound: Any = None
 
 
+@dataclass(frozen=True, slots=True)
+class ActorRules:
+    """What whoever calls an actor must keep to; it travels with every handle.
+
+    `any_order`: calls of one caller may overtake each other. `max_pending_calls`: of one process, -1 for no limit.
+    """
+
+    any_order: bool = False
+    max_pending_calls: int = -1
+
+
 class ActorTemplate:
     """An actor class with its options settled; `bound` as in `TaskTemplate`.
 
@@ -92,6 +103,7 @@ class ActorTemplate:
         cls: the user's plain class.
         resources: held for life. placement: needed to be placed (1 CPU when the user asked for nothing at all).
         max_concurrency: 0 = default (1 for a synchronous class, 1000 for one with `async def` methods).
+        groups: concurrency groups: name -> calls at a time. `max_concurrency` holds for all other calls.
         methods: name -> options of every public method, as the handle needs them.
         handle: opaque bytes from which the API can rebuild a handle (for `get_actor`).
         priority: of its creation, as of a task.
@@ -103,6 +115,7 @@ class ActorTemplate:
         "detached",
         "env_vars",
         "get_if_exists",
+        "groups",
         "handle",
         "is_async",
         "max_concurrency",
@@ -114,6 +127,7 @@ class ActorTemplate:
         "placement",
         "priority",
         "resources",
+        "rules",
         "strategy",
     )
 
@@ -132,6 +146,8 @@ class ActorTemplate:
         max_restarts: int = 0,
         max_task_retries: int = 0,
         max_concurrency: int = 0,
+        groups: Mapping[str, int] | None = None,
+        rules: ActorRules = ActorRules(),
         is_async: bool = False,
         env_vars: Mapping[str, str] | None = None,
         handle: bytes = b"",
@@ -150,17 +166,21 @@ class ActorTemplate:
         self.max_restarts = max_restarts
         self.max_task_retries = max_task_retries
         self.max_concurrency = max_concurrency
+        self.groups = dict(groups or {})
+        self.rules = rules
         self.is_async = is_async
         self.env_vars = dict(env_vars or {})
         self.handle = handle
         self.bound: Any = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class MethodTemplate:
-    """A method of an actor with its options. `name` is the attribute; `label` is for people ("Counter.add").
+    """A method of an actor with its options, not changed after it was made. `name` is the attribute; `label` is for
+    people ("Counter.add"); `bound` as in `TaskTemplate`.
 
-    `retry_on`: errors that are tried again, as `retrying.names_of` gives them. `timeout_s`: as for tasks.
+    `retry_on`: errors that are tried again, as `retrying.names_of` gives them. `timeout_s`: as for tasks. `group`: the
+    concurrency group that runs it, "" for the default one; `group_size`: how many calls run there at a time.
     """
 
     name: str
@@ -169,6 +189,9 @@ class MethodTemplate:
     max_task_retries: int = 0
     retry_on: tuple[str, ...] = ()
     timeout_s: float = 0.0
+    group: str = ""
+    group_size: int = 0
+    bound: Any = field(default=None, compare=False, repr=False)
 
 
 class ActorClient(Protocol):
@@ -179,6 +202,9 @@ class ActorClient(Protocol):
 
     def call(self, method: MethodTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Submit one call, in order after those submitted before; returns what `TaskTemplate.num_returns` says."""
+
+    def set_rules(self, rules: ActorRules) -> None:
+        """For all calls that this process makes from now on."""
 
     def location(self) -> tuple[bytes, bytes, bool]:
         """(actor id, home node id, weak): what a pickled handle carries; give it to `Runtime.borrow_actor`."""

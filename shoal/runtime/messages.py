@@ -20,7 +20,8 @@ class Template(Message, frozen=True, tag=301):
     method of the actor that lives there, named `method`. `once`: a call must not run twice, so its owner must know
     which one was running when the worker crashes: no result is held back before or after it. `timeout_s`: how long a
     call may run, 0.0 for ever. `retry_on`: errors that are tried again (`retrying.names_of`).
-    `priority`: of what the call submits, unless that says otherwise."""
+    `priority`: of what the call submits, unless that says otherwise. `group`: of a method: the concurrency group that
+    runs it, empty for the default one."""
 
     template_id: int
     name: str  # of the task, for people
@@ -35,6 +36,7 @@ class Template(Message, frozen=True, tag=301):
     timeout_s: float = 0.0
     retry_on: list[str] = []
     priority: int = 0
+    group: str = ""
 
 
 class Argument(Message, frozen=True, tag=302):

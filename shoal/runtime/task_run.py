@@ -38,6 +38,7 @@ class Bound:
         pace_s: how long a call takes, None until a worker said so.
         retry_on: errors of user code that are tried again, as `retrying.names_of` gives them.
         timeout_s: how long a call may run, 0.0 for ever.
+        group: of a method: the concurrency group that runs it, "" for the default one; `group_size`: at once there.
         retried: how many times calls were tried again.
     """
 
@@ -45,6 +46,8 @@ class Bound:
         "classes",
         "code",
         "function_name",
+        "group",
+        "group_size",
         "max_calls",
         "max_retries",
         "method",
@@ -74,6 +77,8 @@ class Bound:
         retry_on: tuple[str, ...] = (),
         timeout_s: float = 0.0,
         priority: int | None = None,
+        group: str = "",
+        group_size: int = 0,
     ) -> None:
         self.runtime = runtime
         self.name = name
@@ -87,6 +92,8 @@ class Bound:
         self.retry_on = retry_on if max_retries else ()
         self.timeout_s = timeout_s
         self.priority = priority
+        self.group = group
+        self.group_size = group_size
         self.retried = 0
         self.pace_s: float | None = None
         self.classes: dict[Nesting, Any] = {}  # -> scheduling class
@@ -107,6 +114,7 @@ class Bound:
             self.timeout_s,
             list(self.retry_on),
             nesting.settle(self.priority),
+            self.group,
         )
 
 

@@ -174,6 +174,14 @@ def test_two_hundred_actors_end_together_and_give_all_back() -> None:
     )
 
 
+def test_a_kill_that_overtakes_the_start_leads_to_a_restart() -> None:
+    for _ in range(5):
+        actor = Actor.options(max_restarts=1).remote()
+        call = actor.count.remote()
+        shoal.kill(actor, no_restart=False)  # the order to start it has just left
+        assert shoal.get(call, timeout=30) == 1  # it had not been sent, and waited
+
+
 # ---------------------------------------------------------------------------------------------------- leaving, crashing
 
 
