@@ -34,7 +34,7 @@ LOOK_AGAIN_S: Final = 0.02
 
 NODE_ARGS: Final = (
     "num_cpus", "num_gpus", "memory", "object_store_memory", "resources", "labels", "port", "node_ip_address",
-    "temp_dir", "log_level", "node_timeout_s",
+    "temp_dir", "log_level", "node_timeout_s", "spill",
 )  # fmt: skip
 
 
@@ -154,7 +154,8 @@ class Cluster:
         Args:
             wait: until the cluster knows the node; otherwise it starts in the background (see `wait_for_nodes`).
             node_args: num_cpus, num_gpus, memory, object_store_memory (bytes), resources, labels, port,
-                node_ip_address, temp_dir, log_level, node_timeout_s (of the head: silence after which a node is dead).
+                node_ip_address, temp_dir, log_level, node_timeout_s (of the head: silence after which a node is dead),
+                spill (list of folders or URLs for objects that do not fit).
         Raises:
             TypeError: an unknown argument. ShoalError: the node could not start.
         """

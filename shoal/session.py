@@ -97,6 +97,11 @@ class NodeFolder:
         return f"NodeFolder({str(self.path)!r})"
 
     @property
+    def spill(self) -> Path:
+        """Objects that do not fit into shared memory, unless the user named another place."""
+        return self.path / "spill"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -140,6 +145,7 @@ class NodeFolder:
         """Remove all but the logs: sockets, token, record. For a node that has ended."""
         sockets = self.sockets
         shutil.rmtree(sockets, ignore_errors=True)
+        shutil.rmtree(self.spill, ignore_errors=True)
         for name in ("s", "token", "node.json", "creator"):
             try:
                 (self.path / name).unlink()

@@ -12,7 +12,7 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -88,11 +88,12 @@ _IGNORED: Final = {
 _LATER: Final[Mapping[str, Any]] = {
     "job_config": None, "logging_config": None, "enable_resource_isolation": False, "cgroup_path": None,
     "system_reserved_cpu": None, "system_reserved_memory": None, "proxy_server_url": None, "allow_multiple": False,
-    "object_spilling_directory": None, "_tracing_startup_hook": None, "_system_config": None,
+    "_tracing_startup_hook": None, "_system_config": None,
 }  # fmt: skip
 _KNOWN: Final = (
     "address", "num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "namespace", "runtime_env",
     "ignore_reinit_error", "log_to_driver", "logging_level", "_node_ip_address", "_node_name", "_memory", "_temp_dir",
+    "object_spilling_directory",
     *sorted(_IGNORED), *_LATER,
 )  # fmt: skip
 
@@ -114,6 +115,7 @@ def init(
     _node_name: str | None = None,
     _memory: int | None = None,
     _temp_dir: str | None = None,
+    object_spilling_directory: str | Sequence[str] | None = None,
     **more: Any,
 ) -> ClusterContext:
     """Connect this process to a cluster, or start one on this machine.
@@ -129,6 +131,8 @@ def init(
         ignore_reinit_error: a second `init` returns the first one's result.
         log_to_driver: show what tasks and actors print; None looks at SHOAL_LOG_TO_DRIVER, else True.
         logging_level: of the driver's logger "shoal".
+        object_spilling_directory: where objects go that do not fit into the store of the cluster that is started: a
+            folder, a URL that fsspec knows ("s3://bucket/prefix"), or several; None is a folder of its own in /tmp.
     Raises:
         RuntimeError: this process is connected already, or an argument does not exist.
         ConnectionError: no cluster answers (ClusterNotFoundError, ClusterConnectionError).
@@ -155,6 +159,7 @@ def init(
         node_ip_address=_check_name("_node_ip_address", _node_ip_address),
         node_name=_check_name("_node_name", _node_name),
         temp_dir=_check_name("_temp_dir", _temp_dir),
+        spill=_check_folders("object_spilling_directory", object_spilling_directory),
         entrypoint=" ".join(sys.argv),
         preload=tuple(filter(None, env.get("SHOAL_PRELOAD", "").split(","))),
     )
@@ -350,6 +355,16 @@ def _check_name(name: str, value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value):
         return value
     raise TypeError(f"init({name}=...) is a string that is not empty, not {value!r}")
+
+
+def _check_folders(name: str, value: object) -> tuple[str, ...]:
+    """One place or several, as a tuple."""
+    places = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else value
+    if places is None:
+        return ()
+    if not isinstance(places, tuple) or not all(isinstance(place, str) and place for place in places):
+        raise TypeError(f"{name} is a folder or URL, or a list of them, not {value!r}")
+    return places
 
 
 def _check_level(level: int | str | None) -> int | None:

@@ -78,6 +78,13 @@ def start(
         str | None,
         typer.Option(metavar="SIZE", help="Of the object store, such as 2GiB (default: 30 % of the memory)."),
     ] = None,
+    object_spilling_directory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR,DIR",
+            help="Where objects go that do not fit: folders, or URLs of fsspec (default: a folder in --temp-dir).",
+        ),
+    ] = None,
     temp_dir: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Folder for logs and sockets (default: $SHOAL_TMPDIR or /tmp/shoal-UID)."),
@@ -116,6 +123,7 @@ def start(
         labels=chosen_labels,
         memory=memory_bytes,
         object_store_memory=store_bytes,
+        spill=[where.strip() for where in (object_spilling_directory or "").split(",") if where.strip()],
         temp_dir=temp_dir,
         log_level=log_level,
     )

@@ -98,6 +98,7 @@ def as_data(status: StatusReply, address: str) -> dict[str, Any]:
                 "total": to_floats(node.total),
                 "available": to_floats(node.available),
                 "store_used_bytes": node.store_used,
+                "store_spilled_bytes": node.store_spilled,
                 "store_capacity_bytes": node.store_capacity,
                 "pid": node.pid,
                 "started_unix_s": node.started_unix_s,
@@ -201,7 +202,8 @@ def _nodes_table(nodes: list[NodeInfo]) -> RenderableType:
             node.address,
             f"[{color}]{state}[/{color}]" + (" (head)" if node.is_head else ""),
             _fraction(node.total, node.available, "CPU"),
-            f"{size_text(node.store_used)}/{size_text(node.store_capacity)}",
+            f"{size_text(node.store_used)}/{size_text(node.store_capacity)}"
+            + (f", {size_text(node.store_spilled)} on disk" if node.store_spilled else ""),
             _safe(_used(others, node.available)),
         )
     return table

@@ -31,6 +31,7 @@ class NodeInfo(msgspec.Struct, array_like=True, frozen=True):
     pid: int = 0  # of the agent
     started_unix_s: float = 0.0
     draining: bool = False
+    store_spilled: int = 0  # bytes on disk
 
     def view(self) -> NodeView:
         return NodeView(self.node_id, self.total, self.available, self.labels, self.draining)
@@ -144,6 +145,7 @@ class NodeReport(Message, frozen=True, tag=102):
     store_used: int
     demands: list[DemandReport]
     workers: int = 0
+    store_spilled: int = 0
 
 
 class RegisterJob(Request, frozen=True, tag=103):

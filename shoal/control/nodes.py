@@ -109,7 +109,9 @@ class NodeTable:
 
     def bury(self, node: NodeRecord, reason: str) -> NodeInfo:
         """Take a node out; returns its last row, `alive` False, with the reason. Its actors are the caller's matter."""
-        info = msgspec.structs.replace(node.info, alive=False, death_reason=reason, available={}, store_used=0)
+        info = msgspec.structs.replace(
+            node.info, alive=False, death_reason=reason, available={}, store_used=0, store_spilled=0
+        )
         del self._by_id[node.node_id]
         del self._by_peer[node.peer]
         last = self.order[-1]
@@ -123,8 +125,11 @@ class NodeTable:
     def report(self, node: NodeRecord, report: NodeReport) -> bool:
         """Take the agent's word for what is free. Returns whether availability changed since its last word."""
         changed = report.available != node.info.available
-        if changed or report.store_used != node.info.store_used:
-            node.info = msgspec.structs.replace(node.info, available=report.available, store_used=report.store_used)
+        store = (report.store_used, report.store_spilled)
+        if changed or store != (node.info.store_used, node.info.store_spilled):
+            node.info = msgspec.structs.replace(
+                node.info, available=report.available, store_used=store[0], store_spilled=store[1]
+            )
         node.refused.clear()
         node.demands = report.demands
         node.workers = report.workers

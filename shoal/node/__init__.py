@@ -8,6 +8,6 @@ It asks: control (`shoal.control.messages`). No process of this room runs user c
     the agent   agent (connections, dispatch), cluster_link, peers
     leases      pure: leases, lease_queue, resource_books, cluster_view, starting; shells: lease_service, workers,
                 actors
-    objects     directory, store: pure;  object_manager, transfer: shells
+    objects     directory, store: pure;  object_manager, transfer, spiller, spill_files: shells
     logs        logs
 """

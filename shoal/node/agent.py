@@ -62,6 +62,7 @@ from shoal.node.messages import (
 from shoal.node.object_manager import ObjectManager
 from shoal.node.peers import Peers
 from shoal.node.settings import AgentSettings
+from shoal.node.spill_files import SpillFiles, open_folder
 from shoal.node.transfer import Puller, TransferServer
 from shoal.node.workers import CLOSED, Worker, WorkerPool
 from shoal.objects.arena import Arena, Warmer
@@ -128,8 +129,9 @@ class Agent:
         self.objects = ObjectManager(
             settings.node_id, arena, settings.store_bytes, peers, self._puller, self.cluster.address_of,
             self._alive.__contains__, lambda actor_id: self.tell_control(control.ActorOutOfScope(actor_id)),
+            SpillFiles([open_folder(where) for where in settings.spill], settings.node_id.hex()[:12]),
         )  # fmt: skip
-        self._transfers = TransferServer(arena, self.objects.pin_for_transfer, self.objects.unpin_from_transfer)
+        self._transfers = TransferServer(self.objects.pin_for_transfer, self.objects.unpin_from_transfer)
         self._arena = arena
         self._warmer = Warmer(settings.store_bytes)
 
@@ -184,6 +186,7 @@ class Agent:
         self._transfers.close()
         self._puller.close()
         self._peers.close()
+        self.objects.spiller.close()
         for task in self._tasks:
             task.cancel()
 
@@ -200,7 +203,7 @@ class Agent:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self.objects.store.expire(self._loop.time())
+            self.objects.tick()
             self.pool.trim()
             if self.scheduler.is_waiting:
                 self.decide_soon()
@@ -474,7 +477,13 @@ class Agent:
         now = time.time()
         demands = self.scheduler.demand_reports(now)
         demands += starting.reports([*self.leases.starting(), *self.actors.starting()], now)
-        return dict(self.scheduler.available), self.objects.store.used, demands, len(self.pool)
+        return (
+            dict(self.scheduler.available),
+            self.objects.store.used,
+            demands,
+            len(self.pool),
+            self.objects.store.spilled_bytes,
+        )
 
     def _lost_control(self, reason: str) -> None:
         self._end(f"it lost the head of its cluster ({reason})")

@@ -344,6 +344,7 @@ class CopyGone(Message, frozen=True, tag=264):
     """To the home agent: the sender's copy was evicted or lost."""
 
     object_id: bytes
+    why: str = "its last copy was evicted"
 
 
 class DeleteCopy(Message, frozen=True, tag=265):

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
 
@@ -39,8 +39,10 @@ from shoal.node.messages import (
     Use,
 )
 from shoal.node.peers import Peers
+from shoal.node.spill_files import SpilledLostError, SpillFiles, Spot
+from shoal.node.spiller import Spiller
 from shoal.node.store import Copy, Store, StoreFullError
-from shoal.node.transfer import Puller, SourceLostError
+from shoal.node.transfer import PIECE_BYTES, Puller, Readable, SourceLostError
 from shoal.objects.arena import Arena
 from shoal.rpc.aio import Connection, ConnectionClosedError
 from shoal.rpc.messages import Done, Failed
@@ -77,6 +79,7 @@ class ObjectManager(Effects):
         address_of: Callable[[bytes], str | None],
         alive: Callable[[bytes], bool],
         actor_unreferenced: Callable[[bytes], None],
+        spill_files: SpillFiles,
     ) -> None:
         self._node = node_id
         self._arena = arena
@@ -86,7 +89,8 @@ class ObjectManager(Effects):
         self._tell_unreferenced = actor_unreferenced
         self._loop = asyncio.get_running_loop()
         self.directory = Directory(node_id, self, alive, peers.is_gone)
-        self.store = Store(capacity, self._evicted)
+        self.store = Store(capacity, self._evicted, self._forget_spot)
+        self.spiller = Spiller(self.store, arena, spill_files)
         self._pulls: dict[bytes, _Pull] = {}
         self._resolves: dict[tuple[bytes, int], Callable[[], object]] = {}  # (process, rid) -> how to withdraw it
         self._telling: dict[bytes, asyncio.Future[Any]] = {}  # first uses that their home has not counted yet
@@ -104,6 +108,7 @@ class ObjectManager(Effects):
                 connection.reply(message, Allocated(offset=result))
 
         self.store.allocate(process, message.size, self._loop.time(), done)
+        self.spiller.look()
 
     def release(self, process: bytes, message: Release) -> None:
         self.store.release(process, message.offset)
@@ -114,6 +119,7 @@ class ObjectManager(Effects):
             primary=True, contained=message.contained,
         )  # fmt: skip
         self._report_copy(message.object_id, message.home, message.size, message.owner_id, message.contained)
+        self.spiller.look()
 
     def _report_copy(
         self, object_id: bytes, home: bytes, size: int, owner: bytes, contained: list[tuple[bytes, bytes]]
@@ -125,17 +131,20 @@ class ObjectManager(Effects):
         else:
             self._peers.send(home, CopyMade(object_id, size, owner, contained))
 
-    def _evicted(self, object_id: bytes, copy: Copy) -> None:
+    def _evicted(self, object_id: bytes, copy: Copy, why: str) -> None:
         if copy.home == self._node:
-            self.directory.copy_gone(object_id, self._node, "its last copy was evicted")
+            self.directory.copy_gone(object_id, self._node, why)
         else:
-            self._peers.send(copy.home, CopyGone(object_id))
+            self._peers.send(copy.home, CopyGone(object_id, why))
+
+    def _forget_spot(self, spot: Spot) -> None:
+        self.spiller.forget(spot)
 
     # ------------------------------------------------------------------------------------------------ reading
 
     def resolve(self, process: bytes, connection: Connection, message: Resolve) -> None:
         copy = self.store.find(message.object_id) if message.fetch else None
-        if copy is not None:
+        if copy is not None and copy.in_memory:
             self._answer_copy(process, connection, message, copy)
         elif message.fetch:
             self._resolve_in_a_task(process, connection, message)
@@ -200,11 +209,13 @@ class ObjectManager(Effects):
                 if state.state != STORED or not message.fetch:
                     break
                 copy = self.store.find(message.object_id)
-                if copy is not None:
+                if copy is not None and copy.in_memory:
                     self._answer_copy(process, connection, message, copy)
                     return
                 try:
                     copy = await self._fetch(process, message.object_id, message.home, state)
+                except SpilledLostError:
+                    continue  # its home knows, and whether another node has a copy
                 except SourceLostError as exc:
                     state = ObjectState(LOST, f"node:{exc}".encode())
                     logger.info("fetch failed object=%s attempt=%s: %s", message.object_id.hex(), attempt, exc)
@@ -240,11 +251,12 @@ class ObjectManager(Effects):
                 return reply.state
 
     async def _fetch(self, process: bytes, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
-        """Pull a copy, pinned for `process` when this returns. Several askers share one pull."""
+        """Pull a copy, from another node or this node's disk, pinned for `process` when this returns. Several askers
+        share one pull."""
         pull = self._pulls.get(object_id)
         if pull is None:
             pull = self._pulls[object_id] = _Pull()
-            pull.task = self._loop.create_task(self._pull(pull, object_id, home, state), name="pull")
+            pull.task = self._loop.create_task(self._bring(pull, object_id, home, state), name="pull")
             pull.task.add_done_callback(lambda task: self._pulled(object_id, task))
         pull.askers.append(process)
         try:
@@ -260,6 +272,13 @@ class ObjectManager(Effects):
         del self._pulls[object_id]
         if not task.cancelled() and task.exception() is not None:
             logger.debug("a pull failed object=%s: %s", object_id.hex(), task.exception())
+
+    async def _bring(self, pull: _Pull, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
+        if self.store.find(object_id) is not None:
+            copy = await self.spiller.restore(object_id, pull.askers)
+            if copy is not None:
+                return copy
+        return await self._pull(pull, object_id, home, state)
 
     async def _pull(self, pull: _Pull, object_id: bytes, home: bytes, state: ObjectState) -> Copy:
         nodes = [node for node in state.nodes if node != self._node and self._address_of(node) is not None]
@@ -302,13 +321,22 @@ class ObjectManager(Effects):
     def unpin(self, process: bytes, message: Unpin) -> None:
         for object_id in message.object_ids:
             self.store.unpin(object_id, process)
+        self.spiller.look()
 
-    def pin_for_transfer(self, object_id: bytes) -> tuple[int, int] | None:
+    def pin_for_transfer(self, object_id: bytes) -> Readable | None:
+        """A copy on disk is sent from there: it takes no room here."""
         copy = self.store.find(object_id)
         if copy is None:
             return None
         self.store.pin(object_id, TRANSFER)
-        return copy.offset, copy.size
+        if not copy.in_memory:
+            return Readable(copy.size, partial(self.spiller.pieces, copy.spot))
+        return Readable(copy.size, partial(self._pieces, self._arena.view(copy.offset, copy.size)))
+
+    @staticmethod
+    def _pieces(view: memoryview, start: int, length: int) -> Iterator[memoryview]:
+        for at in range(start, start + length, PIECE_BYTES):
+            yield view[at : min(at + PIECE_BYTES, start + length)]
 
     def unpin_from_transfer(self, object_id: bytes) -> None:
         self.store.unpin(object_id, TRANSFER)
@@ -335,6 +363,15 @@ class ObjectManager(Effects):
             self._resolves.pop(key)()
         self.store.process_gone(process)
         self.directory.process_gone(process)
+        self.spiller.look()
+
+    def tick(self) -> None:
+        """About every second: tell those who waited for room too long, unless room is being made."""
+        now = self._loop.time()
+        if self.spiller.makes_progress:
+            self.store.be_patient(now)
+        self.store.expire(now)
+        self.spiller.look()
 
     def node_gone(self, node_id: bytes) -> None:
         self.directory.node_gone(node_id)
@@ -390,7 +427,7 @@ class ObjectManager(Effects):
             case CopyMade():
                 self.directory.copy_made(message.object_id, node_id, message.size, message.owner_id, message.contained)
             case CopyGone():
-                self.directory.copy_gone(message.object_id, node_id, "its last copy was evicted")
+                self.directory.copy_gone(message.object_id, node_id, message.why)
             case DeleteCopy():
                 self.store.delete(message.object_id)
             case AskState():

@@ -23,6 +23,8 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
         memory, object_store_memory: bytes.
         token: the cluster's token; None makes a new one (head) or reads the environment (others).
         private: made by `init()` for one driver; nobody else finds it.
+        spill: folders or URLs (of fsspec) for objects that do not fit into shared memory; none means a folder of the
+            node's own, below `temp_dir`.
         lifeline_fd: the node ends when the other end of this descriptor closes; None lives until it is told to end.
         worker_entry: "module:function" that prepares workers in the zygote; the rooms above say what those are.
     """
@@ -39,6 +41,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     object_store_memory: int | None = None
     temp_dir: str | None = None
     token: str | None = None
+    spill: list[str] = []
     private: bool = False
     lifeline_fd: int | None = None
     log_level: str = "info"
@@ -81,6 +84,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     total: Amounts
     labels: dict[str, str]
     store_bytes: int
+    spill: list[str]
 
 
 def detect_capacity(options: NodeOptions) -> Capacity:

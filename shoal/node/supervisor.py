@@ -42,6 +42,7 @@ from shoal.node.processes import (
     set_title,
 )
 from shoal.node.settings import AgentSettings, NodeOptions, detect_capacity
+from shoal.node.spill_files import check_folder
 from shoal.node.zygote import RunWorker, run_zygote
 from shoal.objects.arena import Arena
 from shoal.objects.ids import new_node_id
@@ -98,6 +99,8 @@ class Supervisor:
         self._catch_signals()
         adopt_orphans()
         capacity = detect_capacity(options)
+        for where in options.spill:
+            check_folder(where)
         token = self._find_token()
         listener = listen_tcp(options.node_ip, options.port)
         address = join_address(options.node_ip, listener.getsockname()[1])
@@ -148,6 +151,7 @@ class Supervisor:
             total=capacity.total,
             labels={**capacity.labels, NODE_ID: node_id.hex()},
             store_bytes=capacity.store_bytes,
+            spill=options.spill or [str(self.folder.spill)],
         )
         self._fork_and_wait("agent", lambda ready: run_agent(agent_settings, listener, agent_end, arena, ready))
         agent_end.close()

@@ -19,15 +19,14 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from shoal.exceptions import ShoalError
 from shoal.node.messages import ChunkHeader, PullChunk
-from shoal.objects.arena import Arena
 from shoal.rpc.frames import FrameError, encode_message, join_frame, make_decoder
 from shoal.rpc.sockets import shake_hands, split_address
 
@@ -53,6 +52,13 @@ _decoder = make_decoder(PullChunk | ChunkHeader)
 
 class SourceLostError(Exception):
     """This source cannot give (the rest of) the object."""
+
+
+class Readable(NamedTuple):
+    """A pinned copy. `pieces(start, length)` are its bytes, a piece at a time; on any thread, raises OSError."""
+
+    size: int
+    pieces: Callable[[int, int], Iterator[memoryview]]
 
 
 def _read_exactly(sock: socket.socket, size: int) -> bytes:
@@ -92,13 +98,10 @@ def _make_patient(sock: socket.socket, *, receiving: bool) -> None:
 class TransferServer:
     """The source's side: serves each connection on a thread.
 
-    `pin(object_id) -> (offset, size) | None` and `unpin(object_id)` run on the loop.
+    `pin(object_id) -> Readable | None` and `unpin(object_id)` run on the loop.
     """
 
-    def __init__(
-        self, arena: Arena, pin: Callable[[bytes], tuple[int, int] | None], unpin: Callable[[bytes], None]
-    ) -> None:
-        self._arena = arena
+    def __init__(self, pin: Callable[[bytes], Readable | None], unpin: Callable[[bytes], None]) -> None:
         self._pin = pin
         self._unpin = unpin
         self._loop = asyncio.get_running_loop()
@@ -110,8 +113,8 @@ class TransferServer:
         self._sockets.add(sock)
         threading.Thread(target=self._run, args=(sock,), name="shoal-transfer", daemon=True).start()
 
-    def _pin_on_loop(self, object_id: bytes) -> tuple[int, int] | None:
-        answer: Future[tuple[int, int] | None] = Future()
+    def _pin_on_loop(self, object_id: bytes) -> Readable | None:
+        answer: Future[Readable | None] = Future()
 
         def pin() -> None:
             try:
@@ -130,7 +133,7 @@ class TransferServer:
             self._loop.call_soon_threadsafe(self._unpin, object_id)
 
     def _run(self, sock: socket.socket) -> None:
-        pinned: tuple[bytes, int, int] | None = None
+        pinned: tuple[bytes, Readable] | None = None
         try:
             _make_patient(sock, receiving=False)
             while True:
@@ -140,14 +143,14 @@ class TransferServer:
                         self._unpin_on_loop(pinned[0])
                         pinned = None
                     found = self._pin_on_loop(request.object_id)
-                    pinned = (request.object_id, *found) if found is not None else None
-                if pinned is None or not 0 <= request.start <= request.start + request.length <= pinned[2]:
+                    pinned = (request.object_id, found) if found is not None else None
+                if pinned is None or not 0 <= request.start <= request.start + request.length <= pinned[1].size:
                     _send(sock, ChunkHeader(request.object_id, request.start, -1))
                     continue
                 with self._slots:
                     _send(sock, ChunkHeader(request.object_id, request.start, request.length))
-                    self._send_bytes(sock, pinned[1] + request.start, request.length)
-                if request.start + request.length == pinned[2]:
+                    self._send_bytes(sock, pinned[1].pieces(request.start, request.length))
+                if request.start + request.length == pinned[1].size:
                     self._unpin_on_loop(pinned[0])
                     pinned = None
         except (OSError, FrameError, ValueError, RecursionError) as exc:
@@ -158,11 +161,11 @@ class TransferServer:
             if pinned is not None:
                 self._unpin_on_loop(pinned[0])
 
-    def _send_bytes(self, sock: socket.socket, offset: int, length: int) -> None:
-        view = self._arena.view(offset, length)
-        sent = 0
-        while sent < length:
-            sent += sock.send(view[sent : sent + PIECE_BYTES])
+    def _send_bytes(self, sock: socket.socket, pieces: Iterator[memoryview]) -> None:
+        for piece in pieces:
+            sent = 0
+            while sent < len(piece):
+                sent += sock.send(piece[sent:])
 
     def close(self) -> None:
         for sock in list(self._sockets):

@@ -159,6 +159,7 @@ def _start_local(request: InitRequest, made: Callable[[DriverRuntime], object]) 
                     memory=request.memory,
                     object_store_memory=request.object_store_memory,
                     temp_dir=request.temp_dir,
+                    spill=list(request.spill),
                     private=True,
                     lifeline_fd=lifeline_in,
                 )

@@ -22,7 +22,7 @@ class InitRequest:
         logging_level: of the driver's "shoal" logger; None leaves it alone.
         env_vars: for every worker of the job.
         default_lifetime: of actors that do not say, "detached" or "non_detached".
-        node_ip_address, temp_dir: of a new cluster; None means choose.
+        node_ip_address, temp_dir, spill (where objects go that do not fit): of a new cluster; None means choose.
         preload: modules that every worker of the job imports before anything else.
     """
 
@@ -41,6 +41,7 @@ class InitRequest:
     node_ip_address: str | None = None
     node_name: str | None = None
     temp_dir: str | None = None
+    spill: tuple[str, ...] = ()
     entrypoint: str = ""
     preload: tuple[str, ...] = ()
 
@@ -55,6 +56,7 @@ class InitRequest:
             "_memory": self.memory is not None,
             "_node_name": self.node_name is not None,
             "_temp_dir": self.temp_dir is not None,
+            "object_spilling_directory": bool(self.spill),
         }
         return [name for name, was_given in given.items() if was_given]
 

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shoal.node.store import PATIENCE_S, Copy, Store, StoreFullError
+from shoal.node.store import PATIENCE_S, RESTORE, SPILL_ABOVE, SPILL_DOWN_TO, Copy, Store, StoreFullError
 
 KIB = 1024
 CAPACITY = 64 * KIB
@@ -22,11 +22,33 @@ class Desk:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.evicted: list[bytes] = []
-        self.store = Store(capacity, self._evicted)
+        self.on_disk: set[int] = set()  # spots that may still be read
+        self.spots = 0
+        self.store = Store(capacity, self._evicted, self.on_disk.remove)
 
-    def _evicted(self, object_id: bytes, copy: Copy) -> None:
-        assert not copy.pins
-        assert not copy.primary
+    def spill(self, at_least: int = 1, at_most: int = 1 << 30) -> list[bytes]:
+        """Have copies written, all at once; their names."""
+        chosen = self.store.to_spill(at_least, at_most)
+        for object_id, _ in chosen:
+            self.wrote(object_id)
+        return [object_id for object_id, _ in chosen]
+
+    def wrote(self, object_id: bytes) -> None:
+        self.spots += 1
+        self.on_disk.add(self.spots)
+        self.store.spilled(object_id, self.spots)
+
+    def restore(self, object_id: bytes) -> Copy | None:
+        """Read a copy back, for which there is room."""
+        copy = self.store.find(object_id)
+        assert copy is not None
+        (offset,) = self.ask(RESTORE, copy.size)
+        assert isinstance(offset, int)
+        return self.store.restored(object_id, offset)
+
+    def _evicted(self, object_id: bytes, copy: Copy, why: str) -> None:
+        assert why
+        assert not copy.primary or copy.spot is None, "only what was lost on disk may go like that"
         self.evicted.append(object_id)
 
     def ask(self, process: bytes, size: int, now: float = 0.0) -> list[int | StoreFullError]:
@@ -174,6 +196,119 @@ def test_room_of_another_process_cannot_be_sealed_or_released(desk: Desk) -> Non
     assert desk.store.used == 1024
 
 
+# --------------------------------------------------------------------------------------------------------- spilling
+
+
+def test_a_store_that_fills_up_wants_the_longest_unused_on_disk(desk: Desk) -> None:
+    for name in range(8):
+        desk.make(b"%d" % name, 6 * KIB)  # 48 of 64 KiB
+    assert desk.store.wanted_on_disk() == 0
+    desk.store.pin(b"0", b"p")
+    desk.make(b"last", 6 * KIB)
+    assert desk.store.used > SPILL_ABOVE * CAPACITY
+    wanted = desk.store.wanted_on_disk()
+    assert wanted == 54 * KIB - int(SPILL_DOWN_TO * CAPACITY)
+    assert desk.spill(wanted) == [b"1", b"2", b"3"], "what is read stays, and no more goes than is needed"
+    assert desk.store.wanted_on_disk() == 0
+    assert desk.store.used == 54 * KIB, "written copies stay in memory as well"
+
+
+def test_a_written_copy_gives_its_room_when_somebody_needs_it_and_comes_back(desk: Desk) -> None:
+    desk.make(b"x", 40 * KIB)
+    assert desk.spill() == [b"x"]
+    desk.make(b"y", 40 * KIB)
+    copy = desk.store.find(b"x")
+    assert copy is not None
+    assert not copy.in_memory
+    assert desk.evicted == [], "nobody need know: it is still here"
+    desk.spill()
+    again = desk.restore(b"x")
+    assert again is copy
+    assert copy.in_memory
+    assert desk.store.spilled_bytes == 80 * KIB
+    desk.store.delete(b"x")
+    desk.store.delete(b"y")
+    assert desk.on_disk == set()
+    assert desk.store.used == desk.store.spilled_bytes == 0
+
+
+def test_who_waits_gets_the_room_of_what_has_just_been_written(desk: Desk) -> None:
+    desk.make(b"x", 60 * KIB)
+    answers = desk.ask(b"p", 30 * KIB)
+    assert desk.store.wanted_on_disk() == 30 * KIB
+    desk.spill(desk.store.wanted_on_disk())
+    assert answers == [0]
+
+
+def test_a_copy_that_is_dropped_while_it_is_written_leaves_nothing(desk: Desk) -> None:
+    desk.make(b"x", 1 * KIB)
+    ((name, _),) = desk.store.to_spill(1, 1 << 30)
+    desk.store.delete(name)
+    assert desk.store.used == 1 * KIB, "it is being read by the writer"
+    desk.wrote(name)
+    assert desk.on_disk == set()
+    assert desk.store.used == desk.store.spilled_bytes == 0
+
+
+def test_a_copy_that_is_dropped_while_it_is_read_back_leaves_nothing(desk: Desk) -> None:
+    desk.make(b"x", 40 * KIB)
+    desk.spill()
+    desk.make(b"y", 40 * KIB)
+    desk.store.pin(b"x", RESTORE)
+    desk.spill()
+    (offset,) = desk.ask(RESTORE, 40 * KIB)
+    assert isinstance(offset, int)
+    desk.store.delete(b"x")
+    assert len(desk.on_disk) == 2
+    assert desk.store.restored(b"x", offset) is None
+    desk.store.unpin(b"x", RESTORE)
+    desk.store.delete(b"y")
+    assert desk.on_disk == set()
+    assert desk.store.used == 0
+
+
+def test_what_cannot_be_written_stays_and_is_tried_again(desk: Desk) -> None:
+    desk.make(b"x", 60 * KIB)
+    answers = desk.ask(b"p", 30 * KIB, now=5.0)
+    ((name, _),) = desk.store.to_spill(1, 1 << 30)
+    desk.store.not_spilled(name)
+    desk.store.trouble = "/spill: no space left"
+    assert desk.store.find(b"x") is not None
+    assert desk.store.wanted_on_disk() > 0
+    desk.store.expire(5.0 + PATIENCE_S)
+    (error,) = answers
+    assert "/spill: no space left" in str(error)
+
+
+def test_a_file_that_cannot_be_read_is_a_lost_copy(desk: Desk) -> None:
+    desk.make(b"x", 40 * KIB)
+    desk.spill()
+    desk.make(b"y", 40 * KIB)
+    desk.store.pin(b"x", RESTORE)
+    desk.store.lose(b"x", "its file is gone")
+    assert desk.evicted == [b"x"]
+    assert desk.store.find(b"x") is None
+    assert desk.on_disk == set()
+
+
+def test_who_waits_is_not_given_up_while_room_is_being_made(desk: Desk) -> None:
+    desk.make(b"x", 60 * KIB)
+    answers = desk.ask(b"p", 30 * KIB, now=0.0)
+    desk.store.be_patient(PATIENCE_S)
+    desk.store.expire(PATIENCE_S)
+    assert answers == []
+    desk.store.expire(2 * PATIENCE_S)
+    assert len(answers) == 1
+
+
+def test_a_batch_is_as_large_as_a_file_may_be_or_one_copy(desk: Desk) -> None:
+    for name in (b"a", b"b", b"c"):
+        desk.make(name, 10 * KIB)
+    assert desk.spill(30 * KIB, at_most=25 * KIB) == [b"a", b"b"]
+    desk.make(b"d", 20 * KIB)
+    assert desk.spill(30 * KIB, at_most=5 * KIB) == [b"c"]
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Any order of everything. The bytes are followed as well: no two things may ever share one."""
 
@@ -184,6 +319,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.unsealed: dict[tuple[bytes, int], int] = {}
         self.waiting: list[tuple[bytes, int]] = []
         self.pins: list[tuple[bytes, bytes]] = []
+        self.writing: list[bytes] = []
+        self.restoring: set[bytes] = set()
+        self.rooms: list[tuple[bytes, int]] = []  # that are being filled
         self.names = 0
 
     processes = st.sampled_from([b"p", b"q", b"r"])
@@ -223,7 +361,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(process=processes, which=st.integers(0, 100))
     def pin(self, process: bytes, which: int) -> None:
         object_id = b"%d" % (which % (self.names + 1))
-        if self.desk.store.find(object_id) is not None:
+        copy = self.desk.store.find(object_id)
+        if copy is not None and copy.in_memory:
             self.desk.store.pin(object_id, process)
             self.pins.append((object_id, process))
 
@@ -237,6 +376,49 @@ class StoreMachine(RuleBasedStateMachine):
         object_id = b"%d" % (which % (self.names + 1))
         self.desk.store.delete(object_id)
         assert self.desk.store.find(object_id) is None
+
+    @rule(at_least=sizes, at_most=sizes)
+    def begin_to_spill(self, at_least: int, at_most: int) -> None:
+        self.writing += [object_id for object_id, _ in self.desk.store.to_spill(at_least, at_most)]
+
+    @precondition(lambda self: self.writing)
+    @rule(which=st.integers(0, 100), well=st.booleans())
+    def end_to_spill(self, which: int, well: bool) -> None:
+        object_id = self.writing.pop(which % len(self.writing))
+        if well:
+            self.desk.wrote(object_id)
+        else:
+            self.desk.store.not_spilled(object_id)
+
+    @rule(which=st.integers(0, 100))
+    def begin_to_restore(self, which: int) -> None:
+        object_id = b"%d" % (which % (self.names + 1))
+        copy = self.desk.store.find(object_id)
+        if copy is None or copy.in_memory or object_id in self.restoring:
+            return
+        self.restoring.add(object_id)
+        self.desk.store.pin(object_id, RESTORE)
+
+        def done(result: int | StoreFullError) -> None:
+            if isinstance(result, int):
+                self.rooms.append((object_id, result))
+            else:
+                self.restoring.remove(object_id)
+                self.desk.store.unpin(object_id, RESTORE)
+
+        self.desk.store.allocate(RESTORE, copy.size, self.now, done)
+
+    @precondition(lambda self: self.rooms)
+    @rule(which=st.integers(0, 100), well=st.booleans())
+    def end_to_restore(self, which: int, well: bool) -> None:
+        object_id, offset = self.rooms.pop(which % len(self.rooms))
+        self.restoring.remove(object_id)
+        if well:
+            self.desk.store.restored(object_id, offset)
+            self.desk.store.unpin(object_id, RESTORE)
+        else:
+            self.desk.store.release(RESTORE, offset)
+            self.desk.store.lose(object_id, "its file is gone")
 
     @rule(process=processes)
     def process_gone(self, process: bytes) -> None:
@@ -253,7 +435,9 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def the_books_are_consistent(self) -> None:
         self.desk.store.check_invariants()
-        assert self.desk.store.is_waiting == bool(self.waiting)
+        restoring = len(self.restoring) - len(self.rooms)
+        assert self.desk.store.is_waiting == bool(self.waiting or restoring)
+        assert len(self.desk.on_disk) == sum(copy.spot is not None for copy in self.desk.store._copies.values())
 
     @invariant()
     def what_is_read_is_there(self) -> None:
@@ -263,17 +447,21 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_overlaps(self) -> None:
         stretches = [(offset, size) for (_, offset), size in self.unsealed.items()]
-        stretches += [(copy.offset, copy.size) for copy in self.desk.store._copies.values()]
+        stretches += [(offset, self.desk.store._unsealed[RESTORE][offset]) for _, offset in self.rooms]
+        stretches += [(copy.offset, copy.size) for copy in self.desk.store._copies.values() if copy.in_memory]
         stretches.sort()
         for (start, size), (following, _) in itertools.pairwise(stretches):
             assert start + max(size, 1) <= following
 
     def teardown(self) -> None:
-        for process in (b"p", b"q", b"r"):
+        for object_id in self.writing:
+            self.desk.store.not_spilled(object_id)
+        for process in (b"p", b"q", b"r", RESTORE):
             self.desk.store.process_gone(process)
         for object_id in list(self.desk.store._copies):
             self.desk.store.delete(object_id)
         assert self.desk.store.used == 0
+        assert self.desk.on_disk == set()
 
 
 TestAnyOrder: Any = StoreMachine.TestCase

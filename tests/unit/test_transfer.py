@@ -13,7 +13,7 @@ import pytest
 
 from shoal.node import transfer
 from shoal.node.messages import ChunkHeader, PullChunk
-from shoal.node.transfer import Puller, SourceLostError, TransferServer
+from shoal.node.transfer import Puller, Readable, SourceLostError, TransferServer
 from shoal.objects.arena import Arena
 from shoal.rpc.auth import ServerHandshake
 from shoal.rpc.sockets import open_socket, read_handshake_message, shake_hands
@@ -95,14 +95,18 @@ class Good:
         self.size = len(data)
         self.pins = 0
         self.most_pins = 0
-        self.server = TransferServer(self.arena, self._pin, self._unpin)
+        self.server = TransferServer(self._pin, self._unpin)
 
-    def _pin(self, object_id: bytes) -> tuple[int, int] | None:
+    def _pieces(self, start: int, length: int) -> Iterator[memoryview]:
+        for at in range(start, start + length, MIB):
+            yield self.arena.view(64 + at, min(MIB, start + length - at))
+
+    def _pin(self, object_id: bytes) -> Readable | None:
         if object_id != OBJECT:
             return None
         self.pins += 1
         self.most_pins = max(self.most_pins, self.pins)
-        return 64, self.size
+        return Readable(self.size, self._pieces)
 
     def _unpin(self, _object_id: bytes) -> None:
         self.pins -= 1
