@@ -233,7 +233,7 @@ SIGNATURES = {
     "log_to_driver: 'bool | None' = None, logging_level: 'int | str | None' = None, "
     "_node_ip_address: 'str | None' = None, _node_name: 'str | None' = None, _memory: 'int | None' = None, "
     "_temp_dir: 'str | None' = None, "
-        "object_spilling_directory: 'str | Sequence[str] | None' = None, **more: 'Any') -> 'ClusterContext'",
+    "object_spilling_directory: 'str | Sequence[str] | None' = None, **more: 'Any') -> 'ClusterContext'",
     "is_initialized": "() -> 'bool'",
     "kill": "(actor: 'ActorHandle[Any]', *, no_restart: 'bool' = True) -> 'None'",
     "method": "(function: 'Any' = None, /, **options: 'Any') -> 'Any'",
