@@ -101,11 +101,13 @@ def wait(
 
 
 def cancel(ref: ObjectRef[Any], *, force: bool = False, recursive: bool = True) -> None:
-    """Cancel the call that makes `ref`, by the process that submitted it. What is done stays done.
+    """Cancel the call that makes `ref`. What is done stays done.
 
     What has not begun is dropped. A running task gets a KeyboardInterrupt, a coroutine of an actor is cancelled, and
     another method of an actor is only told, through `get_runtime_context().is_canceled()`. `get` then raises
     TaskCancelledError, unless the call returns a value all the same: then that is its result. It is not tried again.
+
+    In a process that only borrows the reference this is a wish, which the process that submitted the call is told.
 
     Args:
         force: end the worker process; `get` then raises WorkerCrashedError.

@@ -35,6 +35,7 @@ from shoal.node.messages import (
     Allocate,
     BetweenAgents,
     Blocked,
+    CancelCall,
     CancelResolve,
     ControlMail,
     EndProcess,
@@ -66,6 +67,7 @@ from shoal.node.spill_files import SpillFiles, open_folder
 from shoal.node.transfer import Puller, TransferServer
 from shoal.node.workers import CLOSED, Worker, WorkerPool
 from shoal.objects.arena import Arena, Warmer
+from shoal.objects.ids import process_of
 from shoal.rpc import aio
 from shoal.rpc.frames import make_decoder
 from shoal.rpc.messages import Done, Failed, Hello, Message, Refused
@@ -284,8 +286,21 @@ class Agent:
                 connection.abort(ShoalError(f"a connection began with {type(message).__name__}"))
 
     def _from_agent(self, node_id: bytes, connection: aio.Connection, message: Any) -> None:
+        if isinstance(message, CancelCall):
+            self._pass_on(message)
+            return
         self.objects.from_agent(node_id, connection, message)
         self.report_soon()  # it may have changed what the store holds
+
+    def _pass_on(self, message: CancelCall) -> None:
+        """To the owner, or to the agent of its node; an owner that is gone has nothing to cancel."""
+        if message.home != self.node_id:
+            self._peers.send(message.home, message)
+            return
+        owner = process_of(message.object_id)
+        for process in self._processes.values():
+            if process.worker_id.startswith(owner) and not process.is_remote:
+                process.connection.send(message)
 
     # What leases and actors ask of the agent (`Surroundings`, `Host`).
 
@@ -437,6 +452,8 @@ class Agent:
                     process.worker.intended = True
                     process.worker.ending = process.worker.ending or message.cause
                     process.worker.retired = not process.worker.actor_id
+            case CancelCall():
+                self._pass_on(message)
             case WorkerBusy():
                 logger.info("worker=%s task=%s: %s", who.hex()[:12], message.task, message.reason)
             case Done() | Failed():

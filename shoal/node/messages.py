@@ -222,6 +222,16 @@ class WorkerBusy(Message, frozen=True, tag=220):
     reason: WaitReason | None
 
 
+class CancelCall(Message, frozen=True, tag=223):
+    """Somebody who is not its owner wants the call that makes `object_id` cancelled. Goes to the owner: through the
+    agent of the process that wants it, and that of the owner's node, `home`."""
+
+    object_id: bytes
+    home: bytes
+    force: bool
+    recursive: bool
+
+
 # ------------------------------------------------------------------------------------------ agent -> process, tags 240+
 
 
@@ -386,12 +396,14 @@ class ChunkHeader(Message, frozen=True, tag=281):
 FromProcess = (
     Done | Failed | RegisterDriver | WorkerReady | OwnerHello | LeaseDemand | ReturnLease | Blocked | Unblocked
     | Allocate | Release | Seal | Resolve | CancelResolve | Unpin | Publish | Use | Unuse | ControlMail | ActorReady
-    | Leaving | WorkerBusy
+    | Leaving | WorkerBusy | CancelCall
 )  # fmt: skip
 ToProcess = (
     Done | Failed | JoinNode | ProcessRegistered | LeaseGranted | LeaseRedirected | LeaseWaiting | ReclaimLeases
     | LeaseLost | Allocated | Resolved | AssignJob | BeginActor | EndActor | MailFromControl | EndProcess
+    | CancelCall
 )  # fmt: skip
 BetweenAgents = (
     Done | Failed | AgentHello | HolderChanged | CopyMade | CopyGone | DeleteCopy | AskState | StateReply
+    | CancelCall
 )  # fmt: skip

@@ -51,6 +51,11 @@ def process_of(object_id: bytes) -> bytes:
     return object_id[JOB_BYTES : JOB_BYTES + PROCESS_BYTES]
 
 
+def counter_of(object_id: bytes) -> int:
+    """What its owner called the task, or the `put`, that made the object."""
+    return int.from_bytes(object_id[TASK_BYTES - 8 : TASK_BYTES], "little")
+
+
 def make_task_id(prefix: bytes, counter: int) -> TaskId:
     return TaskId(prefix + counter.to_bytes(8, "little"))
 

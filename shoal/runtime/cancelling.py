@@ -4,6 +4,9 @@
     sent to a worker                        the worker is asked (`endings`), and what it answers is the outcome
     done                                    nothing
 
+Another process that has a reference sends its wish to the owner, by way of the agents. If the owner is gone, or the
+message is lost with a node, nothing happens.
+
 So a call has exactly one outcome whenever the wish comes. Having been cancelled, it is not tried again, whatever ends
 it. A worker that does not answer to force=True within `FORCE_S` (user code may keep the whole interpreter busy) is
 ended by its agent.
@@ -21,7 +24,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from shoal import exceptions
-from shoal.node.messages import PENDING
+from shoal.node.messages import PENDING, CancelCall
+from shoal.objects.ids import counter_of
 from shoal.runtime.task_run import CANCELLED_STAGES, TaskRun
 
 if TYPE_CHECKING:
@@ -51,7 +55,15 @@ class Canceller:
         if run is not None and ref.state == PENDING:
             self._cancel(run, force, recursive)
         elif not ref.owned and ref.state == PENDING:
-            logger.warning("cancel() did nothing: only the process that submitted the task of %r can cancel it", ref)
+            self._runtime.agent.send(CancelCall(ref.binary(), ref.home, force, recursive))
+
+    def asked(self, message: CancelCall) -> None:
+        """Another process that has a reference wants the call cancelled."""
+        self._runtime.drain()
+        counter = counter_of(message.object_id)
+        run = next((run for run in self._pending() if run.counter == counter), None)
+        if run is not None:
+            self._cancel(run, message.force and run.client is None, message.recursive)
 
     def cancel_children(self, parent: float, force: bool) -> None:
         """Cancel what a call submitted that began at `parent`, and what that submitted."""

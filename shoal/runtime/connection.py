@@ -29,6 +29,7 @@ import msgspec
 from shoal import exceptions
 from shoal.control import messages as control
 from shoal.node.messages import (
+    CancelCall,
     ControlMail,
     EndProcess,
     JoinNode,
@@ -78,6 +79,7 @@ class NodeConnection:
         closed: why there is no cluster any more; "" while there is one.
         on_agent_message: what the worker's executor wants to hear of the agent; False for what it does not know.
         on_lease_message: what the agent says about leases.
+        on_cancel_call: somebody else does not want a call of this process any more.
         on_lost: the agent is gone (not called when this process leaves by itself).
     """
 
@@ -98,6 +100,7 @@ class NodeConnection:
         self.closed = ""
         self.on_agent_message: Callable[[Any], bool] = lambda _: False
         self.on_lease_message: Callable[[Any], None] = lambda _: None
+        self.on_cancel_call: Callable[[CancelCall], None] = lambda _: None
         self.on_actor_update: Callable[[control.ActorInfo], None] = lambda _: None
         self.on_notice: Callable[[control.Notice], None] = lambda _: None
         self.on_logs: Callable[[list[control.LogLines]], None] = lambda _: None
@@ -291,6 +294,8 @@ class NodeConnection:
                 self._from_control(_mail_decoder.decode(message.body))
             case JoinNode():
                 self.take_registration(message.node)
+            case CancelCall():
+                self.on_cancel_call(message)
             case EndProcess():
                 self.closed = self.closed or message.reason
                 self.agent.close(exceptions.ClusterConnectionError(message.reason))

@@ -73,6 +73,7 @@ class CoreRuntime(Waiting):
         self.tasks: TaskManager
         self.actors = ActorManager(self)
         self.on_actor_update = self.actors.update
+        self.on_cancel_call = self.canceller.asked
         self.on_lease_message = lambda message: self.tasks.from_agent(self.tasks.local, message)
         self._submitted: collections.deque[TaskRun] = collections.deque()
         self._draining = False

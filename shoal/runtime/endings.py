@@ -154,7 +154,7 @@ class Endings:
 
     def _find(self, caller: Caller, counter: int) -> Call | None:
         for call in self._running():
-            if call.message.counter == counter and call.caller is caller:
+            if call.message.counter == counter and call.caller is caller and not (call.ending and call.ending.answered):
                 return call
         return None
 

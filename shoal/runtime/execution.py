@@ -112,10 +112,10 @@ class CallRunner:
             self.flush(caller)
         if target is not self.title.shown:
             self.title.show(target, begin)
-        thread = threading.get_ident()
-        self.calls[thread] = call
-        self.runtime.nesting = target.nesting
         call.started = begin
+        thread = threading.get_ident()
+        self.calls[thread] = call  # from here on it can be cancelled
+        self.runtime.nesting = target.nesting
         timed = target.template.timeout_s
         interrupts = self.endings.interrupts
         reply: Finished | Ended | None

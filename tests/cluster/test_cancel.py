@@ -295,6 +295,24 @@ def test_recursive_and_force(tmp_path: Path) -> None:
     until(lambda: not Path("/proc", pid_file.read_text()).exists(), "the leaf's process to end")
 
 
+def test_one_that_borrows_a_reference_can_cancel_it(tmp_path: Path) -> None:
+    @shoal.remote(num_cpus=0)
+    def cancel(refs: list[shoal.ObjectRef[Any]], force: bool) -> None:
+        for ref in refs:
+            shoal.cancel(ref, force=force)
+
+    for force in (False, True):
+        folder = tmp_path / str(force)
+        folder.mkdir()
+        running = tree.remote(str(folder), "x", 1)
+        queued = add.options(resources={"unobtainium": 1}).remote(1)
+        until(lambda folder=folder: names(folder, "begun") == {"x", "xa", "xc"}, "all to begin")
+        shoal.get(cancel.remote([running, queued], force), timeout=LIMIT_S)
+        with pytest.raises(WorkerCrashedError if force else TaskCancelledError):
+            shoal.get(running, timeout=LIMIT_S)
+        assert cancelled(queued)
+
+
 # --------------------------------------------------------------------------------------------------------------- actors
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import shoal
 from shoal.cluster_utils import Cluster
-from shoal.exceptions import ObjectLostError, OwnerDiedError
+from shoal.exceptions import ObjectLostError, OwnerDiedError, TaskCancelledError
 from shoal.runtime import slot
 
 MIB = 1 << 20
@@ -329,3 +329,19 @@ def test_refs_in_closures_and_defaults_live_with_the_function(trio: Cluster) -> 
     assert shoal.get(closes_over.options(resources=LEFT).remote(), timeout=20) == 2
     runtime: Any = slot.current
     runtime._kept_for_good.clear()  # documented: such a ref lives as long as its process
+
+
+def test_who_borrows_a_reference_on_another_node_can_cancel_its_call() -> None:
+    @shoal.remote(num_cpus=0, resources=RIGHT)
+    def endless() -> None:
+        while True:
+            time.sleep(1)
+
+    @shoal.remote(num_cpus=0, resources=LEFT)
+    def cancel(refs: list[shoal.ObjectRef[Any]]) -> None:
+        shoal.cancel(refs[0])
+
+    ref = endless.remote()
+    shoal.get(cancel.remote([ref]), timeout=30)
+    with pytest.raises(TaskCancelledError):
+        shoal.get(ref, timeout=30)
