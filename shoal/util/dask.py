@@ -25,6 +25,7 @@ from dask.utils import key_split
 
 from shoal.api.calls import cancel, get, put
 from shoal.api.remote_function import RemoteFunction
+from shoal.api.words import not_supported
 from shoal.runtime.object_ref import ObjectRef
 from shoal.util.iteration import as_completed
 
@@ -41,6 +42,8 @@ def shoal_dask_get(dsk: Any, keys: Any, **options: Any) -> Any:
         options: of other schedulers (num_workers, pool, ...), which mean nothing here.
     Raises: what a task raised; the others are cancelled then.
     """
+    if options.get("ray_persist"):
+        raise not_supported("ray_persist=True", "persist() brings the results to this process, as with threads")
     wanted = set(flatten([keys] if not isinstance(keys, list) else keys))
     remote_args = dict(_annotations(dsk))
     nodes = convert_legacy_graph(dict(dsk.__dask_graph__() if hasattr(dsk, "__dask_graph__") else dsk))
