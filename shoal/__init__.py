@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     from shoal.api.context import get_gpu_ids, get_runtime_context
     from shoal.api.decorator import remote
     from shoal.api.initialize import init, is_initialized, shutdown
+    from shoal.runtime.generators import DynamicObjectRefGenerator, ObjectRefGenerator
     from shoal.runtime.object_ref import ObjectRef
 
 __all__ = [
     "ActorClass",
     "ActorHandle",
+    "DynamicObjectRefGenerator",
     "ObjectRef",
+    "ObjectRefGenerator",
     "__version__",
     "actor",
     "available_resources",
@@ -61,7 +64,9 @@ __all__ = [
 _HOMES = {
     "ActorClass": "api.actor",
     "ActorHandle": "api.actor",
+    "DynamicObjectRefGenerator": "runtime.generators",
     "ObjectRef": "runtime.object_ref",
+    "ObjectRefGenerator": "runtime.generators",
     "actor": "api.actor:",
     "available_resources": "api.cluster",
     "cancel": "api.calls",

@@ -14,24 +14,29 @@ rest, and `@method` plus `typed()` do it in every checker.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import astuple
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, NoReturn, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, Literal, NoReturn, ParamSpec, TypeVar, overload
 
 from shoal.api.options import (
     ACTOR_OPTIONS,
     CALL_OPTIONS,
+    DYNAMIC,
     METHOD_OPTIONS,
+    STREAMING,
     actor_rules,
     actor_template,
     check_options,
+    default_returns,
     qualified_name,
+    returns_of,
     variant_key,
 )
 from shoal.api.remote_call import RemoteCall
-from shoal.api.signatures import ANYTHING, ASYNC_GENERATOR, COROUTINE, GENERATOR, Shape, code_flags, shape_of
-from shoal.api.words import did_you_mean, not_supported
+from shoal.api.signatures import ANYTHING, ASYNC_GENERATOR, COROUTINE, Shape, code_flags, shape_of
+from shoal.api.words import did_you_mean
 from shoal.runtime import slot
-from shoal.runtime.interface import ActorClient, ActorRules, ActorTemplate, MethodTemplate
+from shoal.runtime.interface import ActorClient, ActorRules, ActorTemplate, MethodTemplate, StreamOptions
 from shoal.runtime.retrying import names_of
 
 P = ParamSpec("P")
@@ -44,7 +49,6 @@ T_co = TypeVar("T_co", covariant=True)
 _MAX_VARIANTS: Final = 64  # as for remote functions
 _METHOD_MARK: Final = "__shoal_method__"
 _NO_GROUPS: Final[Mapping[str, int]] = {}
-_STREAMS: Final = -1  # `num_returns` of a generator method that does not say how many values it yields
 
 
 class ActorClassInheritanceException(TypeError):
@@ -104,6 +108,7 @@ class ClassInfo:
                 template.retry_on,
                 template.timeout_s,
                 template.group,
+                template.stream and astuple(template.stream),
             ]
             for name, info in self.methods.items()
             for template in (info.template,)
@@ -130,11 +135,12 @@ class ClassInfo:
                         timeout_s,
                         group,
                         groups.get(group, 0),
+                        None if stream is None else StreamOptions(*stream),
                     ),
                     None if shape is None else Shape.unpack(shape),
                     groups,
                 )
-                for name, num_returns, retries, shape, retry_on, timeout_s, group in rows
+                for name, num_returns, retries, shape, retry_on, timeout_s, group, stream in rows
             }
             found = cls(class_name, methods, groups, rules and ActorRules(*rules))
             if len(_unpacked) >= _MAX_VARIANTS:
@@ -155,6 +161,7 @@ def describe_class(cls: type, options: Mapping[str, Any]) -> tuple[ClassInfo, bo
     methods: dict[str, MethodInfo] = {}
     max_task_retries = options.get("max_task_retries") or 0
     groups = options.get("concurrency_groups") or _NO_GROUPS
+    streams = StreamOptions(options.get("_actor_generator_backpressure_num_objects") or 0)
     is_async = False
     for name in dir(cls):
         if name == "__init__" or name in vars(object):
@@ -166,9 +173,7 @@ def describe_class(cls: type, options: Mapping[str, Any]) -> tuple[ClassInfo, bo
         marked: Mapping[str, Any] = getattr(function, _METHOD_MARK, {})
         flags = code_flags(function)
         is_async = is_async or bool(flags & (COROUTINE | ASYNC_GENERATOR))
-        num_returns = marked.get("num_returns")
-        if num_returns is None:
-            num_returns = _STREAMS if flags & (GENERATOR | ASYNC_GENERATOR) else 1
+        num_returns, stream = returns_of(marked, default_returns(function), streams)
         retries = marked.get("max_task_retries")
         wanted = marked.get("concurrency_group")
         group = _group(wanted, groups, f"{cls.__name__}.{name}") if wanted else ("", 0)
@@ -180,6 +185,7 @@ def describe_class(cls: type, options: Mapping[str, Any]) -> tuple[ClassInfo, bo
             names_of(marked.get("retry_exceptions", False)),
             marked.get("timeout_s", 0.0),
             *group,
+            stream,
         )
         methods[name] = MethodInfo(template, shape_of(function, bound=not isinstance(raw, staticmethod)), groups)
     rules = actor_rules(options, is_async=is_async)
@@ -214,8 +220,6 @@ class ActorMethod(RemoteCall[P, R_co]):
         self._info = info
         self._template = info.template
         self._least, self._most = (0, 1 << 30) if info.shape is None else info.shape.plain_range()
-        if info.template.num_returns == _STREAMS:
-            self._least, self._most = 1, 0  # every call is looked at, and refused
 
     if not TYPE_CHECKING:
 
@@ -232,9 +236,6 @@ class ActorMethod(RemoteCall[P, R_co]):
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         template, shape = self._template, self._info.shape
-        if template.num_returns == _STREAMS:
-            what = f"{template.label} is a generator: a stream of returns"
-            raise not_supported(what, "return a list, or use @method(num_returns=...)")
         if shape is not None and not shape.accepts(args, kwargs):
             raise TypeError(f"{template.label}.remote(): {shape.complaint(args, kwargs)}")
 
@@ -242,18 +243,21 @@ class ActorMethod(RemoteCall[P, R_co]):
         """The same method with other options for the calls made through what this returns."""
         template = self._template
         settled = check_options(CALL_OPTIONS, options, where=f"{template.label}.options()")
-        num_returns, retries = settled.get("num_returns"), settled.get("max_task_retries")
+        retries, before = settled.get("max_task_retries"), template.stream
+        default = template.num_returns if before is None else DYNAMIC if before.dynamic else STREAMING
+        num_returns, stream = returns_of(settled, default, before or StreamOptions())
         group = template.group, template.group_size
         if settled.get("concurrency_group"):
             group = _group(settled["concurrency_group"], self._info.groups, f"{template.label}.options()")
         changed = MethodTemplate(
             template.name,
             settled.get("name") or template.label,
-            template.num_returns if num_returns is None else num_returns,
+            num_returns,
             template.max_task_retries if retries is None else retries,
             names_of(settled["retry_exceptions"]) if "retry_exceptions" in settled else template.retry_on,
             settled.get("timeout_s", template.timeout_s),
             *group,
+            stream,
         )
         return ActorMethod(self._client, MethodInfo(changed, self._info.shape, self._info.groups))
 
@@ -294,13 +298,15 @@ def method(function: Callable[Concatenate[S, P], R], /) -> TypedMethod[S, P, R]:
 @overload
 def method(
     *,
-    num_returns: int | None = None,
+    num_returns: int | Literal["streaming", "dynamic"] | None = None,
     max_task_retries: int | None = None,
     retry_exceptions: bool | list[type[BaseException]] | None = None,
     timeout_s: float | None = None,
     concurrency_group: str | None = None,
     enable_task_events: bool = True,
     tensor_transport: str | None = None,
+    _generator_backpressure_num_objects: int | None = None,
+    _num_objects_per_yield: int | None = None,
 ) -> _MethodDecorator: ...
 def method(function: Any = None, /, **options: Any) -> Any:
     """Options of one method of an actor class: `@method(num_returns=2)`. The method itself stays as it is."""

@@ -11,21 +11,26 @@ from typing import Any, TypeVar, overload
 from shoal.api.actor import ActorClass, ActorHandle, ActorMethod, ClassInfo
 from shoal.api.initialize import connect_if_needed
 from shoal.runtime import slot
+from shoal.runtime.generators import ObjectRefGenerator
 from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.sweep import Rest, id_of
 
 T = TypeVar("T")
+W = TypeVar("W", bound=ObjectRef[Any] | ObjectRefGenerator[Any])
 
 
 @overload
 def get(refs: ObjectRef[T], *, timeout: float | None = None) -> T: ...
 @overload
 def get(refs: list[ObjectRef[T]], *, timeout: float | None = None) -> list[T]: ...
+@overload
+def get(refs: ObjectRefGenerator[T], *, timeout: float | None = None) -> ObjectRefGenerator[T]: ...
 def get(refs: Any, *, timeout: float | None = None) -> Any:
     """The value of a reference, or the values of a list of them in its order; waits until they are there.
 
     Args:
-        refs: a reference or a list of references (the same one may be in it twice; [] gives []).
+        refs: a reference or a list of references (the same one may be in it twice; [] gives []). A generator is
+            returned as it is.
         timeout: seconds; 0 only looks; None waits as long as it takes.
     Raises:
         TaskError: the task raised; it is also an instance of the exception's class. The first error found is raised.
@@ -41,6 +46,8 @@ def get(refs: Any, *, timeout: float | None = None) -> Any:
     if isinstance(refs, ObjectRef):
         return runtime.get((refs,), timeout)[0]
     if type(refs) is not list:
+        if isinstance(refs, ObjectRefGenerator):
+            return refs
         _refuse_refs("get", refs)
     if not refs:
         return []
@@ -64,9 +71,11 @@ def put(value: T) -> ObjectRef[T]:
 
 
 def wait(
-    refs: list[ObjectRef[T]], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
-) -> tuple[list[ObjectRef[T]], list[ObjectRef[T]]]:
+    refs: list[W], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
+) -> tuple[list[W], list[W]]:
     """Wait until `num_returns` of the references are ready; both lists keep the order of `refs`.
+
+    A generator in the list is ready when its next item is, or when it has no more.
 
     Args:
         timeout: seconds; 0 only looks; None waits as long as it takes.
@@ -79,7 +88,7 @@ def wait(
     runtime = slot.current
     if runtime is None:
         runtime = connect_if_needed()
-    unseen = refs
+    unseen: list[Any] = refs
     if type(refs) is Rest:
         unseen = refs.unseen()  # what an earlier wait returned is known to be fine
     elif type(refs) is not list:
@@ -90,22 +99,28 @@ def wait(
         raise TypeError(f"num_returns is a whole number, not {num_returns!r}")
     if not refs:
         return [], []
-    if unseen:
-        _check_elements("wait", unseen)
-    if unseen and len(set(map(id_of, refs))) != len(refs):
+    heads: Any = refs
+    if unseen and ObjectRefGenerator in _check_elements("wait", unseen, (ObjectRef, ObjectRefGenerator)):
+        heads = [ref._head if isinstance(ref, ObjectRefGenerator) else ref for ref in refs]
+    if unseen and len(set(map(id_of, heads))) != len(refs):
         twice = next(ref for ref in refs if refs.count(ref) > 1)
         raise ValueError(f"wait() takes each reference once; {twice!r} is there {refs.count(twice)} times")
     if not 1 <= num_returns <= len(refs):
         raise ValueError(f"num_returns is between 1 and the number of references ({len(refs)}), not {num_returns}")
-    return runtime.wait(refs, num_returns, timeout, fetch_local)
+    ready, rest = runtime.wait(heads, num_returns, timeout, fetch_local)
+    if heads is refs:
+        return ready, rest  # type: ignore[return-value]  # no generators: these are what was given
+    given = dict(zip(map(id_of, heads), refs, strict=True))
+    return [given[id_of(head)] for head in ready], [given[id_of(head)] for head in rest]
 
 
-def cancel(ref: ObjectRef[Any], *, force: bool = False, recursive: bool = True) -> None:
+def cancel(ref: ObjectRef[Any] | ObjectRefGenerator[Any], *, force: bool = False, recursive: bool = True) -> None:
     """Cancel the call that makes `ref`. What is done stays done.
 
     What has not begun is dropped. A running task gets a KeyboardInterrupt, a coroutine of an actor is cancelled, and
     another method of an actor is only told, through `get_runtime_context().is_canceled()`. `get` then raises
     TaskCancelledError, unless the call returns a value all the same: then that is its result. It is not tried again.
+    A generator is closed at its next item, wherever it runs; the reference to that has the error.
 
     In a process that only borrows the reference this is a wish, which the process that submitted the call is told.
 
@@ -116,9 +131,11 @@ def cancel(ref: ObjectRef[Any], *, force: bool = False, recursive: bool = True) 
         ValueError: `force` for a method of an actor. TypeError: `ref` is something else.
     """
     given: object = ref
+    if isinstance(given, ObjectRefGenerator):
+        given = given._whole
     if not isinstance(given, ObjectRef):
         raise TypeError(f"cancel() takes the reference that .remote() returned, not {_kind(given)}")
-    connect_if_needed().cancel(ref, force=bool(force), recursive=bool(recursive))
+    connect_if_needed().cancel(given, force=bool(force), recursive=bool(recursive))
 
 
 def kill(actor: ActorHandle[Any], *, no_restart: bool = True) -> None:
@@ -168,13 +185,15 @@ def _check_name(where: str, name: object) -> None:
         raise ValueError(f"{where} takes a name that is not empty, not {name!r}")
 
 
-def _check_elements(call: str, refs: list[Any]) -> None:
+def _check_elements(call: str, refs: list[Any], allowed: tuple[type, ...] = (ObjectRef,)) -> set[type]:
+    """The types of the elements."""
     kinds = set(map(type, refs))
     if kinds == {ObjectRef}:
-        return
+        return kinds
     for index, ref in enumerate(refs):
-        if not isinstance(ref, ObjectRef):
+        if not isinstance(ref, allowed):
             raise TypeError(f"{call}() takes references; element {index} of the list is {_kind(ref)}{_hint(ref)}")
+    return kinds
 
 
 def _refuse_refs(call: str, refs: object) -> None:
@@ -191,6 +210,8 @@ def _refuse_refs(call: str, refs: object) -> None:
 
 
 def _hint(value: object) -> str:
+    if isinstance(value, ObjectRefGenerator):
+        return "; iterate over it: get(list(generator))"
     if isinstance(value, ActorHandle):
         return "; call a method first: get(handle.method.remote())"
     if isinstance(value, (ActorMethod, ActorClass)) or hasattr(value, "remote"):

@@ -14,7 +14,8 @@ from typing import Any, Final, NoReturn
 from shoal.api.signatures import ASYNC_GENERATOR, COROUTINE, GENERATOR, code_flags
 from shoal.api.strategies import place, to_fallbacks, to_selector, to_strategy
 from shoal.api.words import did_you_mean, not_supported
-from shoal.runtime.interface import ActorRules, ActorTemplate, MethodTemplate, TaskTemplate
+from shoal.runtime.interface import ActorRules, ActorTemplate, MethodTemplate, StreamOptions, TaskTemplate
+from shoal.runtime.messages import STREAMED
 from shoal.scheduling.resources import to_amounts
 from shoal.scheduling.views import Amounts
 
@@ -23,6 +24,8 @@ Check = Callable[[str, Any], Any]
 DEFAULT_MAX_RETRIES: Final = 3
 MAX_RETURNS: Final = 1_000_000
 MAX_PRIORITY: Final = 1_000_000
+STREAMING: Final = "streaming"
+DYNAMIC: Final = "dynamic"
 _ACCELERATOR_SHARE: Final = 0.001  # of `accelerator_type:<T>`, which every node of that type has 1 of
 
 
@@ -99,12 +102,20 @@ def _whole(least: int, meaning: str, most: int = 2**31 - 1) -> Check:
     return check
 
 
-def _num_returns(name: str, value: Any) -> int | None:
+def _num_returns(name: str, value: Any) -> int | str | None:
     if isinstance(value, str):
-        if value in ("streaming", "dynamic"):
-            raise not_supported(f"num_returns={value!r}", "return a list, or give the number of returns")
-        raise ValueError(f"option 'num_returns' is a whole number, not {value!r}")
+        if value in (STREAMING, DYNAMIC):
+            return value
+        raise ValueError(f"option 'num_returns' is a whole number, {STREAMING!r} or {DYNAMIC!r}, not {value!r}")
     settled: int | None = _whole(0, f"between 0 and {MAX_RETURNS}", MAX_RETURNS)(name, value)
+    return settled
+
+
+def _backpressure(name: str, value: Any) -> int | None:
+    """0: no limit. None: what the actor says."""
+    if value == -1 and type(value) is int:
+        return 0
+    settled: int | None = _whole(1, "1 or more, or -1 for no limit")(name, value)
     return settled
 
 
@@ -229,6 +240,11 @@ _BOTH: Final[Mapping[str, Check]] = {
     "_labels": _later(None, {}),
 }
 
+_STREAM: Final[Mapping[str, Check]] = {
+    "_generator_backpressure_num_objects": _backpressure,
+    "_num_objects_per_yield": _whole(1, "1 or more"),
+}
+
 TASK_OPTIONS: Final[Mapping[str, Check]] = {
     **_BOTH,
     "num_returns": _num_returns,
@@ -236,8 +252,7 @@ TASK_OPTIONS: Final[Mapping[str, Check]] = {
     "max_retries": _whole(-1, "-1 (no limit), 0 or more"),
     "retry_exceptions": _retry_exceptions,
     "timeout_s": _seconds,
-    "_generator_backpressure_num_objects": _later(None, -1),
-    "_num_objects_per_yield": _later(None, 1),
+    **_STREAM,
 }
 
 ACTOR_OPTIONS: Final[Mapping[str, Check]] = {
@@ -253,7 +268,7 @@ ACTOR_OPTIONS: Final[Mapping[str, Check]] = {
     "allow_out_of_order_execution": _optional_flag,
     "object_store_memory": _later(None, 0),
     "enable_tensor_transport": _later(None, False),
-    "_actor_generator_backpressure_num_objects": _later(None, -1),
+    "_actor_generator_backpressure_num_objects": _backpressure,
 }
 
 METHOD_OPTIONS: Final[Mapping[str, Check]] = {
@@ -264,8 +279,7 @@ METHOD_OPTIONS: Final[Mapping[str, Check]] = {
     "enable_task_events": _flag,
     "concurrency_group": _text,
     "tensor_transport": _later(None),
-    "_generator_backpressure_num_objects": _later(None, -1),
-    "_num_objects_per_yield": _later(None, 1),
+    **_STREAM,
 }
 
 CALL_OPTIONS: Final[Mapping[str, Check]] = {**METHOD_OPTIONS, "name": _text, "_labels": _later(None, {})}
@@ -331,22 +345,38 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def task_template(function: Callable[..., Any], options: Mapping[str, Any]) -> TaskTemplate:
-    """Settle the checked `options` of a remote function.
+def returns_of(
+    options: Mapping[str, Any], default: int | str, before: StreamOptions = StreamOptions()
+) -> tuple[int, StreamOptions | None]:
+    """What the checked `options` say of the results of a call: `num_returns`, and how they stream when they do.
 
-    Raises:
-        NotImplementedError: a generator function without a number of returns.
+    Args:
+        default: num_returns where the options have none. before: the same for what is said of streams.
     """
+    wanted = _or(options.get("num_returns"), default)
+    if wanted not in (STREAMING, DYNAMIC):
+        return wanted, None
+    limit = _or(options.get("_generator_backpressure_num_objects"), before.limit)
+    per_yield = _or(options.get("_num_objects_per_yield"), before.per_yield)
+    dynamic = wanted == DYNAMIC
+    return STREAMED, StreamOptions(0 if dynamic else limit, per_yield, dynamic)
+
+
+def default_returns(function: object) -> int | str:
+    """The num_returns of a function that does not say."""
+    return STREAMING if code_flags(function) & (GENERATOR | ASYNC_GENERATOR) else 1
+
+
+def task_template(function: Callable[..., Any], options: Mapping[str, Any]) -> TaskTemplate:
+    """Settle the checked `options` of a remote function."""
     label = qualified_name(function)
-    if options.get("num_returns") is None and code_flags(function) & GENERATOR:
-        raise not_supported(
-            f"{label} is a generator function: a stream of returns", "return a list, or give the number of returns"
-        )
+    num_returns, stream = returns_of(options, default_returns(function))
     max_calls = _or(options.get("max_calls"), 1 if options.get("num_gpus") else 0)
     return TaskTemplate(
         function,
         name=options.get("name") or label,
-        num_returns=_or(options.get("num_returns"), 1),
+        num_returns=num_returns,
+        stream=stream,
         resources=_amounts(options, cpus=1),
         strategy=place(to_strategy(options.get("scheduling_strategy")), options),
         priority=options.get("priority"),

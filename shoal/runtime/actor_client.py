@@ -210,8 +210,8 @@ class Connection:
             assert death is not None
             if run.stage == "done":
                 continue
-            if wanted and run.refs is not None:
-                for ref in run.refs if isinstance(run.refs, tuple) else (run.refs,):
+            if wanted:
+                for ref in run.result_refs():
                     ref.watched = True  # nobody needs to be told of an error that somebody asked for
             self._runtime.finish(run, [death])
 
@@ -415,7 +415,7 @@ class ActorManager:
             bound = self._bounds[method] = Bound(
                 self.runtime, method.label, method.label, method.num_returns, method=method.name,
                 max_retries=method.max_task_retries, retry_on=method.retry_on, timeout_s=method.timeout_s,
-                group=method.group, group_size=method.group_size,
+                group=method.group, group_size=method.group_size, stream=method.stream,
             )  # fmt: skip
         method.bound = bound
         return bound

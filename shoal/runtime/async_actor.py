@@ -25,7 +25,8 @@ from shoal.runtime.actor_client import ActorOptions
 from shoal.runtime.actor_host import ActorInstance
 from shoal.runtime.calls import Call, Caller
 from shoal.runtime.execution import CallRunner
-from shoal.runtime.messages import Ended, Finished
+from shoal.runtime.messages import STREAMED, Ended, Finished
+from shoal.runtime.yielding import produce_on_loop
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ class AsyncActor(ActorInstance):
                 value = function(*args, **kwargs)
                 if inspect.isawaitable(value):
                     value = await value
+                if call.target.template.num_returns == STREAMED:
+                    value = await produce_on_loop(call, value)
                 reply = runner.reply(call, value) if not timed else runner.reply_in_time(call, value)
                 del args, kwargs, value
         except BaseException as exc:  # noqa: BLE001 - the boundary of user code
@@ -148,6 +151,7 @@ class AsyncActor(ActorInstance):
         call.values = []
         del self._running[call]
         if reply is None:
+            call.caller.productions.pop(call.message.counter, None)
             return  # the actor's end is the answer, or the caller has one already
         runner.post(call, reply)
         if not self._unflushed:

@@ -22,6 +22,7 @@ from shoal.runtime.task_run import Placeholder
 if TYPE_CHECKING:
     from shoal.runtime.core import CoreRuntime
     from shoal.runtime.endings import Ending
+    from shoal.runtime.yielding import Production
 
 MAX_DROPPED: Final = 10_000
 """As many as one caller may have sent to an actor."""
@@ -36,7 +37,8 @@ class Caller:
     """
 
     __slots__ = (
-        "channel", "dropped", "flush_due", "handover", "held", "job_id", "node_id", "prefix", "targets", "worker_id",
+        "channel", "dropped", "flush_due", "handover", "held", "job_id", "node_id", "prefix", "productions", "targets",
+        "worker_id",
     )  # fmt: skip
 
     def __init__(self, channel: Channel) -> None:
@@ -46,7 +48,9 @@ class Caller:
         self.node_id = b""
         self.prefix = b""
         self.targets: list[Target] = []  # by template id
-        self.handover: dict[int, list[Any]] = {}  # by counter: refs in results, kept until the owner counts them
+        # Refs in results, kept until the owner counts them: by counter (and index of the first, of what was yielded).
+        self.handover: dict[int | tuple[int, int], list[Any]] = {}
+        self.productions: dict[int, Production] = {}  # by counter: of generators, from before their call until its end
         self.held: dict[str, collections.deque[Call]] = {}  # by concurrency group; see `Executor`
         self.flush_due = False
         self.dropped: dict[int, None] = {}

@@ -36,11 +36,12 @@ from shoal.runtime.nesting import OUTERMOST
 from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.references import INLINE_BYTES, error_state
 from shoal.runtime.retrying import names_of
+from shoal.runtime.streams import Readers, Stream
 from shoal.runtime.task_run import CANCELLED_STAGES, Bound, Placeholder, TaskRun
 from shoal.runtime.waiting import Waiting
 
 if TYPE_CHECKING:
-    from shoal.runtime.interface import ActorTemplate, TaskTemplate
+    from shoal.runtime.interface import ActorTemplate, StreamOptions, TaskTemplate
 
 __all__ = ["INLINE_BYTES", "CoreRuntime"]
 
@@ -79,6 +80,7 @@ class CoreRuntime(Waiting):
         self._draining = False
         self._drain_call = (self.drain, ())
         self._links: dict[bytes, WorkerLink] = {}
+        self.readers = Readers(self)
 
     def take_registration(self, answer: ProcessRegistered) -> None:
         super().take_registration(answer)
@@ -87,7 +89,12 @@ class CoreRuntime(Waiting):
     def close_channels(self) -> None:
         for link in list(self._links.values()):
             link.close()
+        self.readers.close()
         super().close_channels()
+
+    def forget_in_child(self) -> None:
+        super().forget_in_child()
+        self.readers.silence()
 
     # ------------------------------------------------------------------------------------------------- submitting
 
@@ -114,6 +121,7 @@ class CoreRuntime(Waiting):
             retry_on=names_of(template.retry_exceptions),
             timeout_s=template.timeout_s,
             priority=template.priority,
+            stream=template.stream,
         )
         template.bound = bound
         return bound
@@ -139,6 +147,8 @@ class CoreRuntime(Waiting):
         if bound.num_returns == 1:
             refs: Any = ObjectRef(self.prefix + counter.to_bytes(8, "little") + _FIRST, self.node_id)
             run = TaskRun(counter, bound, refs, self.nesting)
+        elif bound.stream is not None:
+            refs, run = self._make_stream(counter, bound, bound.stream)
         else:
             refs = self._make_refs(counter, bound.num_returns)
             run = TaskRun(counter, bound, refs and tuple(refs), self.nesting)  # the list is the user's to change
@@ -153,6 +163,8 @@ class CoreRuntime(Waiting):
         if bound.num_returns == 1:
             refs: Any = ObjectRef(self.prefix + counter.to_bytes(8, "little") + _FIRST, self.node_id)
             run = TaskRun(counter, bound, refs, self.nesting)
+        elif bound.stream is not None:
+            refs, run = self._make_stream(counter, bound, bound.stream)
         else:
             refs = self._make_refs(counter, bound.num_returns)
             run = TaskRun(counter, bound, refs and tuple(refs), self.nesting)  # the list is the user's to change
@@ -171,6 +183,8 @@ class CoreRuntime(Waiting):
         refs = run.refs
         if type(refs) is ObjectRef:
             refs.task = run
+        elif type(refs) is Stream:
+            refs.begin(run)
         elif refs is not None:
             for ref in refs:
                 ref.task = run
@@ -183,6 +197,11 @@ class CoreRuntime(Waiting):
             reactor.calls.append(self._drain_call)
         if not reactor.awake:
             reactor.wake()
+
+    def _make_stream(self, counter: int, bound: Bound, options: StreamOptions) -> tuple[Any, TaskRun]:
+        stream = Stream(self, counter, options)
+        reader = stream.completed if stream.dynamic else self.readers.open(stream)
+        return reader, TaskRun(counter, bound, stream, self.nesting)
 
     def _make_refs(self, counter: int, count: int) -> list[ObjectRef[Any]] | None:
         if count == 0:
@@ -311,7 +330,10 @@ class CoreRuntime(Waiting):
         run.stage = "done"
         if run.client is not None and run.client.pending is not None:
             run.client.pending.end()
-        refs = [run.refs] if type(run.refs) is ObjectRef else run.refs or []
+        if run.bound.stream is not None:
+            run.refs.finish(results[0])
+            return
+        refs = run.result_refs()
         if len(results) == 1 and len(refs) != 1:
             results = results * len(refs)  # one error for all
         for ref, state in zip(refs, results, strict=True):

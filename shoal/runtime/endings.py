@@ -143,6 +143,9 @@ class Endings:
             self._kill(call, exceptions.WorkerCrashedError(self._text(call, "was ended by cancel(force=True)")))
 
     def _interrupt(self, call: Call, ending: Ending) -> bool:
+        production = call.caller.productions.get(call.message.counter)
+        if production is not None:
+            production.wake()
         if self.actor is not None:
             return self.actor.interrupt(call)
         ending.interrupt = True
@@ -213,6 +216,9 @@ class Endings:
     def _answer(self, call: Call, ending: Ending) -> None:
         """Its owner need not wait for it."""
         ending.answered = True
+        production = call.caller.productions.get(call.message.counter)
+        if production is not None:
+            production.stop()  # nobody reads
         call.caller.channel.send(self._ended(call, ending.error))
 
     def _kill(self, call: Call, error: exceptions.ShoalError) -> None:

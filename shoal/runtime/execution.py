@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import GeneratorType
 from typing import Any, Final, NoReturn, Protocol
 
 import msgspec
@@ -25,15 +26,16 @@ import msgspec
 from shoal import exceptions
 from shoal.node.messages import ERROR, INLINE, STORED, ObjectState
 from shoal.objects.ids import make_object_id
-from shoal.objects.serialization import NONE_FLAT, deserialize, serialize
+from shoal.objects.serialization import NONE_FLAT, Serialized, deserialize, serialize
 from shoal.rpc.frames import encode_message
 from shoal.runtime import worker_exit, worker_output
 from shoal.runtime.calls import Call, Caller, Target
 from shoal.runtime.core import INLINE_BYTES, CoreRuntime
 from shoal.runtime.endings import Endings, dropped_state
-from shoal.runtime.messages import Ended, Finished, Pace
+from shoal.runtime.messages import STREAMED, Ended, Finished, Pace
 from shoal.runtime.process_title import ProcessTitle
 from shoal.runtime.retrying import covers, describe
+from shoal.runtime.yielding import produce
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +148,8 @@ class CallRunner:
                 self._reply_and_leave(call, reply)
         if reply is not None:
             self.send(call, reply)
+        else:
+            caller.productions.pop(call.message.counter, None)
 
     def _reply_and_leave(self, call: Call, reply: Finished | Ended | None) -> NoReturn:
         template = call.target.template
@@ -218,8 +222,10 @@ class CallRunner:
             results = [result]
         elif template.num_returns == 0:
             return Finished(counter, NONE_FLAT)
+        elif template.num_returns == STREAMED:
+            return value if type(value) is Ended else produce(self, call, value)  # an actor's event loop has done it
         else:
-            values = list(value) if isinstance(value, (tuple, list)) else None
+            values = list(value) if isinstance(value, (tuple, list, GeneratorType)) else None
             if values is None or len(values) != template.num_returns:
                 got = f"{len(values)} values" if values is not None else f"a {type(value).__name__}"
                 raise ValueError(
@@ -230,33 +236,47 @@ class CallRunner:
         return self._large_reply(call, results)
 
     def _large_reply(self, call: Call, results: list[Any]) -> Ended:
-        runtime, caller, counter = self.runtime, call.caller, call.message.counter
+        counter = call.message.counter
         states = []
         kept: list[Any] = []
         for index, result in enumerate(results):
-            refs = runtime.contained_refs(result) if result.refs else []
-            kept.extend(refs)
-            contained = [(ref.binary(), ref.home) for ref in refs]
-            if result.flat_size <= INLINE_BYTES:
-                states.append(ObjectState(INLINE, result.flatten(), contained=contained))
-                continue
-            object_id = make_object_id(caller.prefix, counter, index + 1)
-            runtime.store(result, object_id, caller.node_id, caller.worker_id, refs)
-            states.append(ObjectState(STORED, b"", result.flat_size, [runtime.node_id], contained))
+            states.append(self.state_of(call, result, index + 1, kept))
         if kept:
-            caller.handover[counter] = kept
-            self._handing_over.add(caller)
-            runtime.reactor.call_soon(runtime.publish_all, kept)
+            self.keep_for_owner(call.caller, counter, kept)
         return Ended(counter, states, bool(kept))
 
-    def taken(self, caller: Caller, counter: int) -> None:
+    def state_of(self, call: Call, result: Serialized, index: int, kept: list[Any]) -> ObjectState:
+        """A result as it travels, its bytes in the store if it is large; what it refers to is added to `kept`.
+
+        Raises:
+            ObjectStoreFullError.
+        """
+        runtime, caller = self.runtime, call.caller
+        refs = runtime.contained_refs(result) if result.refs else []
+        kept.extend(refs)
+        contained = [(ref.binary(), ref.home) for ref in refs]
+        if result.flat_size <= INLINE_BYTES:
+            return ObjectState(INLINE, result.flatten(), contained=contained)
+        object_id = make_object_id(caller.prefix, call.message.counter, index)
+        runtime.store(result, object_id, caller.node_id, caller.worker_id, refs)
+        return ObjectState(STORED, b"", result.flat_size, [runtime.node_id], contained)
+
+    def keep_for_owner(self, caller: Caller, key: int | tuple[int, int], refs: list[Any]) -> None:
+        """Keep what results refer to until the owner says `Taken`. By a thread of user code."""
+        caller.handover[key] = refs
+        self._handing_over.add(caller)
+        self.runtime.reactor.call_soon(self.runtime.publish_all, refs)
+
+    def taken(self, caller: Caller, key: int | tuple[int, int]) -> None:
         """The owner has counted what a result refers to: it need not be kept here. On the reactor's thread."""
-        caller.handover.pop(counter, None)
+        caller.handover.pop(key, None)
         if not caller.handover:
             self._end_handover(caller)
 
     def caller_gone(self, caller: Caller) -> None:
         """On the reactor's thread."""
+        for production in caller.productions.values():
+            production.stop()
         caller.handover.clear()
         self._end_handover(caller)
 
@@ -290,6 +310,8 @@ class CallRunner:
 
     def reply_in_time(self, call: Call, value: Any) -> Finished | Ended | None:
         """As `reply`, unless the call's time was over before its code was."""
+        if call.target.template.num_returns == STREAMED:
+            value = self.reply(call, value)  # runs its code
         ending = self.endings.over(call)
         if ending is not None and ending.timed_out:
             return self.endings.reply(call, ending, None)
@@ -345,12 +367,19 @@ class CallRunner:
         """Put a reply where the next `flush` of its caller takes it. Any thread."""
         runtime, caller = self.runtime, call.caller
         encoded = encode_message(reply)
-        stored = type(reply) is Ended and any(state.state == STORED for state in reply.results)
-        if stored or runtime.uses_counted < runtime.uses_begun:
+        late = type(reply) is Ended and (self._end_stream(call) or any(one.state == STORED for one in reply.results))
+        if late or runtime.uses_counted < runtime.uses_begun:
             # The call borrowed references: the owner may let go of its own only when ours are counted.
             runtime.reactor.call_soon(runtime.after_uses, partial(self._send_sealed, caller, encoded))
             return
         caller.channel.post(encoded)
+
+    def _end_stream(self, call: Call) -> bool:
+        """Before the last word on a call: send what it has yielded. True: something may be left for the reactor."""
+        if call.target.template.num_returns != STREAMED:
+            return False
+        call.caller.productions.pop(call.message.counter).send()
+        return True
 
     def _send_sealed(self, caller: Caller, reply: bytes) -> None:
         """The owner will wait for the agent's word that a value is sealed: it must be out when this process dies."""

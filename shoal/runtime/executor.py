@@ -32,7 +32,20 @@ from shoal.runtime.calls import Call, Caller, Target
 from shoal.runtime.core import CoreRuntime
 from shoal.runtime.execution import CallRunner
 from shoal.runtime.interface import ContextData
-from shoal.runtime.messages import Cancel, HandedBack, Introduce, Run, Taken, Template, ToWorker
+from shoal.runtime.messages import (
+    Arrived,
+    BeginStream,
+    Cancel,
+    Consumed,
+    HandedBack,
+    Introduce,
+    Run,
+    StopStream,
+    Taken,
+    Template,
+    ToWorker,
+)
+from shoal.runtime.yielding import Production
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +118,15 @@ class Executor:
         elif kind is Introduce:
             caller.introduce(message)
         elif kind is Taken:
-            self.runner.taken(caller, message.counter)
+            self.runner.taken(caller, (message.counter, message.first) if message.first else message.counter)
+        elif kind is BeginStream:
+            caller.productions[message.counter] = Production(self.runner, caller, message)
         elif kind is Cancel:
             self.runner.endings.cancel(caller, message)
+        else:
+            production = caller.productions.get(message.counter)  # None: it has ended, and its end is on its way
+            if production is not None:
+                _tell(production, message)
 
     def _arrived(self, caller: Caller, call: Call) -> None:
         if call.message.arguments:
@@ -192,6 +211,7 @@ class Executor:
                 break
             if call is not None:
                 counters.setdefault(call.caller, []).append(call.message.counter)
+                call.caller.productions.pop(call.message.counter, None)
         for caller, numbers in counters.items():
             caller.channel.send(HandedBack(numbers))
 
@@ -273,6 +293,16 @@ class Executor:
             devices=self._devices, restarts=actor.restarts if actor else 0, env_vars=self._env_vars, is_driver=False,
             actor_handle=actor.spec.handle if actor else b"", is_cancelled=cancelled,
         )  # fmt: skip
+
+
+def _tell(production: Production, message: Consumed | StopStream | Arrived) -> None:
+    match message:
+        case Consumed():
+            production.consumed(message.count)
+        case StopStream():
+            production.stop()
+        case Arrived():
+            production.answered()
 
 
 def _visible(numbers: list[int], allowed: str | None) -> str:

@@ -15,8 +15,18 @@ from typing import Any, Final
 
 from shoal.control.messages import ActorInfo, JobInfo, NodeInfo, StatusReply
 from shoal.exceptions import ActorAlreadyExistsError, ActorDiedError, ShoalError, TaskError
-from shoal.objects.ids import OBJECT_BYTES, ActorId, JobId, NodeId, new_actor_id
-from shoal.runtime.interface import ActorClient, ActorRules, ActorTemplate, ContextData, MethodTemplate, TaskTemplate
+from shoal.node.messages import INLINE
+from shoal.objects.ids import OBJECT_BYTES, TASK_BYTES, ActorId, JobId, NodeId, new_actor_id
+from shoal.runtime.generators import DynamicObjectRefGenerator, ObjectRefGenerator
+from shoal.runtime.interface import (
+    ActorClient,
+    ActorRules,
+    ActorTemplate,
+    ContextData,
+    MethodTemplate,
+    StreamOptions,
+    TaskTemplate,
+)
 from shoal.runtime.object_ref import ObjectRef
 from shoal.scheduling.resources import to_amounts
 
@@ -29,6 +39,7 @@ class FakeRef(ObjectRef[Any]):
 
     def __init__(self, object_id: bytes) -> None:
         self._id = self.object_id = object_id
+        self.state = INLINE
 
     def binary(self) -> bytes:
         return self.object_id
@@ -50,6 +61,36 @@ class FakeRef(ObjectRef[Any]):
 
     def __del__(self) -> None:
         """Nothing to give back."""
+
+
+class FakeStream:
+    """All items of a generator, which has ended before anybody looked."""
+
+    def __init__(self, refs: list[FakeRef], completed: FakeRef, end: FakeRef) -> None:
+        self._left = [*reversed(refs)]
+        self._end = end
+        self.completed: ObjectRef[Any] = completed
+
+    @property
+    def head(self) -> ObjectRef[Any]:
+        return self._left[-1] if self._left else self._end
+
+    def next_item(self, timeout_s: float | None) -> ObjectRef[Any]:
+        if not self._left:
+            raise StopIteration
+        return self._left.pop()
+
+    def is_finished(self) -> bool:
+        return not self._left
+
+    async def when_ready(self) -> None:
+        """All are."""
+
+    def whole(self) -> ObjectRef[Any]:
+        return self.completed
+
+    def task_id(self) -> bytes:
+        return self.completed.binary()[:TASK_BYTES]
 
 
 class FakeActor:
@@ -87,7 +128,7 @@ class FakeActor:
             with self.runtime.inside(ContextData(JOB, NODE, b"w", actor_id=self.actor_id, is_driver=False)):
                 return getattr(self.instance, method.name)(*args, **kwargs)
 
-        return self.runtime.run(run, method.label, method.num_returns, args, kwargs)
+        return self.runtime.run(run, method.label, method.num_returns, args, kwargs, method.stream)
 
 
 class _Inside:
@@ -150,12 +191,20 @@ class FakeRuntime:
 
     def submit_task(self, template: TaskTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.submitted.append(template)
-        return self.run(template.function, template.name, template.num_returns, args, kwargs)
+        return self.run(template.function, template.name, template.num_returns, args, kwargs, template.stream)
 
     def run(
-        self, function: Any, label: str, num_returns: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> FakeRef | list[FakeRef] | None:
+        self,
+        function: Any,
+        label: str,
+        num_returns: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        stream: StreamOptions | None = None,
+    ) -> FakeRef | list[FakeRef] | ObjectRefGenerator[Any] | None:
         """Run one call now; its result or error goes into as many references as it returns."""
+        if stream is not None:
+            return self._run_stream(function, label, args, kwargs, stream)
         refs = [self._new_ref() for _ in range(num_returns)]
         try:
             args = tuple(self._resolve(arg) for arg in args)
@@ -174,6 +223,24 @@ class FakeRuntime:
         for ref, value in zip(refs, results, strict=True):
             self.values[ref.object_id] = value
         return None if num_returns == 0 else refs[0] if num_returns == 1 else refs
+
+    def _run_stream(
+        self, function: Any, label: str, args: tuple[Any, ...], kwargs: dict[str, Any], stream: StreamOptions
+    ) -> FakeRef | ObjectRefGenerator[Any]:
+        refs = []
+        try:
+            for value in function(
+                *map(self._resolve, args), **{key: self._resolve(one) for key, one in kwargs.items()}
+            ):
+                refs.append(self._new_ref())
+                self.values[refs[-1].object_id] = value
+        except Exception as exc:  # noqa: BLE001 - the user's code may raise anything
+            error = TaskError.from_exception(exc, function_name=label, pid=1, ip="127.0.0.1", node_id=NODE.hex())
+            refs.append(self._new_ref())
+            self.values[refs[-1].object_id] = error
+        whole = self._new_ref()
+        self.values[whole.object_id] = DynamicObjectRefGenerator(list(refs)) if stream.dynamic else None
+        return whole if stream.dynamic else ObjectRefGenerator(FakeStream(refs, whole, self._new_ref()))
 
     def _new_ref(self) -> FakeRef:
         return FakeRef(next(self._counter).to_bytes(OBJECT_BYTES, "little"))

@@ -24,6 +24,21 @@ class Arrivals(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """How the results of a generator travel.
+
+    Attributes:
+        limit: it pauses while so many were not taken; 0: it does not.
+        per_yield: it yields tuples or lists of so many items.
+        dynamic: the call has one reference, to all items together.
+    """
+
+    limit: int = 0
+    per_yield: int = 1
+    dynamic: bool = False
+
+
 class TaskTemplate:
     """A remote function with its options settled: what all calls of one `f` or `f.options(...)` share.
 
@@ -33,7 +48,8 @@ class TaskTemplate:
     Attributes:
         function: the user's callable.
         name: for people; default is the function's qualified name.
-        num_returns: 0 (`remote` returns None), 1 (a ref) or n (a list of refs).
+        num_returns: 0 (`remote` returns None), 1 (a ref) or n (a list of refs); `STREAMED` with a `stream` (an
+            `ObjectRefGenerator`).
         resources: what one running call holds.
         max_retries: -1 is unlimited.
         timeout_s: how long a call may run, 0.0 for ever.
@@ -53,6 +69,7 @@ class TaskTemplate:
         "resources",
         "retry_exceptions",
         "strategy",
+        "stream",
         "timeout_s",
     )
 
@@ -70,6 +87,7 @@ class TaskTemplate:
         timeout_s: float = 0.0,
         env_vars: Mapping[str, str] | None = None,
         priority: int | None = None,
+        stream: StreamOptions | None = None,
     ) -> None:
         self.priority = priority
         self.function = function
@@ -81,6 +99,7 @@ class TaskTemplate:
         self.retry_exceptions = retry_exceptions
         self.max_calls = max_calls
         self.timeout_s = timeout_s
+        self.stream = stream
         self.env_vars = dict(env_vars or {})
         self.bound: Any = None
 
@@ -191,6 +210,7 @@ class MethodTemplate:
     timeout_s: float = 0.0
     group: str = ""
     group_size: int = 0
+    stream: StreamOptions | None = None
     bound: Any = field(default=None, compare=False, repr=False)
 
 

@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 from shoal.node.messages import WorkerAddress
 from shoal.rpc.frames import encode_message, make_decoder
 from shoal.rpc.reactor import Channel
-from shoal.runtime.messages import Cancel, Ended, Finished, HandedBack, Introduce, Pace, Run, Taken, ToOwner
+from shoal.runtime.messages import (
+    Arrived,
+    Cancel,
+    Ended,
+    Finished,
+    HandedBack,
+    Introduce,
+    Pace,
+    Run,
+    Taken,
+    ToOwner,
+    Yielded,
+)
 from shoal.runtime.nesting import Nesting
-from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.retrying import use_retry
 from shoal.runtime.task_run import Bound, TaskRun
 
@@ -72,6 +83,9 @@ class WorkerLink:
             template_id = self._templates[key] = len(self._bounds)
             self._bounds.append(bound)
             self.channel.send(bound.template(template_id, run.nesting))
+        if bound.stream is not None:
+            run.refs.link = self
+            self.channel.send(run.refs.opening(run.counter))
         self.running[run.counter] = run
         run.stage = "sent"
         self.channel.send_encoded(
@@ -86,7 +100,7 @@ class WorkerLink:
         runs = list(self.running.values())
         self.running.clear()
         for run in runs:
-            for ref in [run.refs] if type(run.refs) is ObjectRef else run.refs or ():
+            for ref in run.result_refs():
                 self.runtime.follow(ref)
         return runs
 
@@ -103,6 +117,10 @@ class WorkerLink:
                     sink.run_ended(run)
         elif kind is Ended:
             self._ended(message)
+        elif kind is Yielded:
+            run = self.running.get(message.counter)
+            if run is not None:
+                self._take_in(run, message)
         elif kind is Pace:
             self._bounds[message.template_id].pace_s = message.seconds
         elif kind is HandedBack:
@@ -128,6 +146,14 @@ class WorkerLink:
             self.runtime.after_uses(lambda: self.channel.send(Taken(message.counter)))
         if sink is not None:
             sink.run_ended(run)
+
+    def _take_in(self, run: TaskRun, message: Yielded) -> None:
+        counter, first = message.counter, message.first
+        run.refs.take_in(first, message.states)
+        if message.handover:
+            self.runtime.after_uses(lambda: self.channel.send(Taken(counter, first)))
+        if message.answer:
+            self.channel.send(Arrived(counter))
 
     def _closed(self, _channel: Channel, reason: Exception) -> None:
         self.runtime.forget_link(self)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from shoal.node.messages import ObjectState
 from shoal.rpc.messages import Message
+
+STREAMED: Final = -1
+"""`num_returns` of a call whose results come one by one, as `Yielded`. Then `Ended` has the state of the whole call:
+INLINE (None), or the ERROR that comes after the last item."""
 
 
 class Introduce(Message, frozen=True, tag=300):
@@ -94,9 +100,11 @@ class HandedBack(Message, frozen=True, tag=307):
 
 
 class Taken(Message, frozen=True, tag=308):
-    """The owner has registered its use of what the results of this task contain."""
+    """The owner has registered its use of what the results of this task contain, or the items of its `Yielded` that
+    began with the index `first`."""
 
     counter: int
+    first: int = 0
 
 
 class Cancel(Message, frozen=True, tag=309):
@@ -108,5 +116,54 @@ class Cancel(Message, frozen=True, tag=309):
     recursive: bool = True
 
 
-ToWorker = Introduce | Template | Run | Taken | Cancel
-ToOwner = Finished | Ended | Pace | HandedBack
+class BeginStream(Message, frozen=True, tag=320):
+    """Comes before the `Run` of a call that is `STREAMED`.
+
+    Attributes:
+        have: items that the owner has already, from a worker that is gone: they are not sent again.
+        consumed: how many of all were taken. limit: the producer pauses while as many are not taken; 0: it does not.
+        stopped: nobody reads; close the generator once it has begun.
+        per_yield: what it yields are tuples or lists of so many items.
+    """
+
+    counter: int
+    have: int
+    consumed: int
+    stopped: bool
+    limit: int
+    per_yield: int
+
+
+class Consumed(Message, frozen=True, tag=321):
+    """So many items of a stream were taken by now."""
+
+    counter: int
+    count: int
+
+
+class StopStream(Message, frozen=True, tag=322):
+    """Nobody reads the stream any more: close its generator."""
+
+    counter: int
+
+
+class Arrived(Message, frozen=True, tag=323):
+    """Answers a `Yielded` that asked for it: it was taken in."""
+
+    counter: int
+
+
+class Yielded(Message, frozen=True, tag=324):
+    """Items of a stream, the first of which has the index `first` (from 1 on). `handover`: as in `Ended`, until the
+    `Taken` with this `first`. `answer`: say `Arrived`; so a fast producer does not outrun its owner by more than a few
+    of these."""
+
+    counter: int
+    first: int
+    states: list[ObjectState]
+    handover: bool = False
+    answer: bool = False
+
+
+ToWorker = Introduce | Template | Run | Taken | Cancel | BeginStream | Consumed | StopStream | Arrived
+ToOwner = Finished | Ended | Pace | HandedBack | Yielded

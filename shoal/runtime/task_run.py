@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from shoal.node.messages import LeaseSpec
@@ -12,6 +11,7 @@ from shoal.runtime.nesting import Nesting
 
 if TYPE_CHECKING:
     from shoal.objects.ids import TaskId
+    from shoal.runtime.interface import StreamOptions
     from shoal.runtime.object_ref import ObjectRef
 
 CANCELLED_STAGES: Final = ("cancelling", "killing")
@@ -35,6 +35,7 @@ class Bound:
 
     Attributes:
         spec: None for a method of an actor.
+        stream: how the results travel when they come one by one; None for all other calls.
         pace_s: how long a call takes, None until a worker said so.
         retry_on: errors of user code that are tried again, as `retrying.names_of` gives them.
         timeout_s: how long a call may run, 0.0 for ever.
@@ -59,6 +60,7 @@ class Bound:
         "retry_on",
         "runtime",
         "spec",
+        "stream",
         "timeout_s",
     )
 
@@ -79,6 +81,7 @@ class Bound:
         priority: int | None = None,
         group: str = "",
         group_size: int = 0,
+        stream: StreamOptions | None = None,
     ) -> None:
         self.runtime = runtime
         self.name = name
@@ -95,6 +98,7 @@ class Bound:
         self.group = group
         self.group_size = group_size
         self.retried = 0
+        self.stream = stream
         self.pace_s: float | None = None
         self.classes: dict[Nesting, Any] = {}  # -> scheduling class
 
@@ -122,7 +126,7 @@ class TaskRun:
     """One call that has no result yet.
 
     Attributes:
-        refs: of the results: one ref, or a tuple of them, or None when there are none.
+        refs: of the results: one ref, or a tuple of them, or None when there are none; or their `Stream`.
         dependencies: refs among the top-level arguments (the last may be the stored arguments themselves).
         keep: what must live until the call has ended: refs inside arguments, the actor's client.
         missing: dependencies that are not ready yet.
@@ -168,12 +172,15 @@ class TaskRun:
         self.suspect = False
         self.parent = 0.0
 
-    def result_refs(self) -> Sequence[ObjectRef[Any]]:
-        refs = self.refs
-        return () if refs is None else refs if isinstance(refs, tuple) else (refs,)
-
     def task_id(self) -> TaskId:
         return make_task_id(self.bound.runtime.prefix, self.counter)
+
+    def result_refs(self) -> tuple[ObjectRef[Any], ...]:
+        """The refs that the call makes; of a stream only the one that comes next."""
+        refs = self.refs
+        if refs is None or type(refs) is tuple:
+            return refs or ()
+        return (refs.tail() if self.bound.stream is not None else refs,)
 
     def ready(self, _ref: ObjectRef[Any]) -> None:
         """One of the dependencies has become ready."""

@@ -326,6 +326,12 @@ class Waiting(References):
         if before != bool(self._blocked):
             self.agent.send(Blocked() if blocked else Unblocked())
 
+    def lend(self, waiting: object, begin: bool) -> None:
+        """A user's thread begins (ends) to wait for something else than objects, and lends its CPUs meanwhile."""
+        if begin:
+            self.before_blocking()
+        self.reactor.call_soon(self._set_blocked, id(waiting), begin)
+
     def _explain(self, waiter: Waiter | WaitCall) -> None:
         waiting = [ref for ref in waiter.refs if not waiter.has(ref)]
         reasons: dict[str, ObjectRef[Any]] = {}  # text -> the first object that waits for it

@@ -220,7 +220,8 @@ def test_an_exit_hook_shuts_down(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SIGNATURES = {
     "available_resources": "() -> 'dict[str, float]'",
-    "cancel": "(ref: 'ObjectRef[Any]', *, force: 'bool' = False, recursive: 'bool' = True) -> 'None'",
+    "cancel": "(ref: 'ObjectRef[Any] | ObjectRefGenerator[Any]', *, force: 'bool' = False, recursive: 'bool' = True)"
+    " -> 'None'",
     "cluster_resources": "() -> 'dict[str, float]'",
     "get": "(refs: 'Any', *, timeout: 'float | None' = None) -> 'Any'",
     "get_actor": "(name: 'str', namespace: 'str | None' = None) -> 'ActorHandle[Any]'",
@@ -242,10 +243,13 @@ SIGNATURES = {
     "remote": "(*targets: 'Any', **options: 'Any') -> 'Any'",
     "shutdown": "(*, wait_for_processes: 'bool' = False) -> 'None'",
     "typed": "(handle: 'ActorHandle[T]') -> 'T'",
-    "wait": "(refs: 'list[ObjectRef[T]]', *, num_returns: 'int' = 1, timeout: 'float | None' = None, "
-    "fetch_local: 'bool' = True) -> 'tuple[list[ObjectRef[T]], list[ObjectRef[T]]]'",
+    "wait": "(refs: 'list[W]', *, num_returns: 'int' = 1, timeout: 'float | None' = None, "
+    "fetch_local: 'bool' = True) -> 'tuple[list[W], list[W]]'",
 }
-OTHERS = {"ActorClass", "ActorHandle", "ObjectRef", "__version__", "actor", "exceptions", "util"}
+OTHERS = {
+    "ActorClass", "ActorHandle", "DynamicObjectRefGenerator", "ObjectRef", "ObjectRefGenerator", "__version__", "actor",
+    "exceptions", "util",
+}  # fmt: skip
 
 
 def test_the_names_are_pinned() -> None:

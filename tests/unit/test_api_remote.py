@@ -190,8 +190,7 @@ def test_what_cannot_be_remote() -> None:
 
     with pytest.raises(ValueError, match="async def"):
         shoal.remote(coroutine)
-    with pytest.raises(NotImplementedError, match="generator"):
-        shoal.remote(generator)
+    assert shoal.get(list(shoal.remote(generator).remote())) == [1, 2]
     assert shoal.get(shoal.remote(num_returns=2)(generator).remote()) == [1, 2]
     with pytest.raises(TypeError, match="remote already"):
         shoal.remote(add)
@@ -309,8 +308,6 @@ def test_unknown_methods() -> None:
         Counter.add  # noqa: B018
     assert not hasattr(counter, "nothing")
     assert "add" in dir(counter)
-    with pytest.raises(NotImplementedError, match="generator"):
-        counter.stream.remote()
 
 
 def test_wrong_arguments_of_methods() -> None:
