@@ -9,5 +9,5 @@ unpickles user data.
     actors.py      the table of an actor's life and the record of one actor
     placement.py   which actors wait, in which lines, and where the next one goes
     nodes.py       who is in the cluster, what is free there, and what was booked there a moment ago
-    jobs.py names.py keys.py remembered.py settings.py   the small tables
+    jobs.py names.py keys.py metrics.py remembered.py settings.py   the small tables
 """

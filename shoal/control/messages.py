@@ -308,6 +308,19 @@ class StopNode(Message, frozen=True, tag=135):
     reason: str
 
 
+class MetricRow(msgspec.Struct, array_like=True, frozen=True):
+    """One series of a user's metric. In a report, counters and histograms have what was added since the last one."""
+
+    kind: str  # "counter" | "gauge" | "histogram"
+    name: str
+    description: str = ""
+    tags: dict[str, str] = {}
+    value: float = 0.0  # of a histogram: the sum of what was observed
+    boundaries: list[float] = []
+    buckets: list[int] = []  # how many up to each boundary (and above the last one before it), then those above all
+    worker_id: bytes = b""  # of a gauge: whose it is; filled in by control
+
+
 # -------------------------------------------------------------- process or tool -> control (ProcessMessage), tags 150+
 
 
@@ -398,6 +411,16 @@ class ListJobs(Request, frozen=True, tag=161):
     """Answered by `JobsReply`."""
 
 
+class ReportMetrics(Message, frozen=True, tag=176):
+    """What the process's metrics have gathered since its last report."""
+
+    rows: list[MetricRow]
+
+
+class ListMetrics(Request, frozen=True, tag=177):
+    """Answered by `MetricsReply`."""
+
+
 class ProvideArguments(Message, frozen=True, tag=162):
     """What an `unready` actor waited for: `ActorSpec.arguments`; or it will never come, and `error` (an opaque pickled
     exception) and `text` say why."""
@@ -444,6 +467,11 @@ class JobsReply(Reply, frozen=True, tag=185):
     jobs: list[JobInfo] = []
 
 
+class MetricsReply(Reply, frozen=True, tag=196):
+    rows: list[MetricRow] = []
+    dropped: int = 0  # rows that did not fit
+
+
 class LogsArrived(Message, frozen=True, tag=186):
     """Push to a driver: what the processes of its job printed."""
 
@@ -467,7 +495,7 @@ AgentMessage = (
 )  # fmt: skip
 ProcessMessage = (
     CreateActor | FindActor | WatchActor | UnwatchActor | KillActor | PutKey | GetKey | DeleteKey | ListKeys
-    | GetStatus | ListActors | ListJobs | ProvideArguments | FlushLogs
+    | GetStatus | ListActors | ListJobs | ProvideArguments | FlushLogs | ReportMetrics | ListMetrics
 )  # fmt: skip
 ControlMessage = (
     Done | Failed | NodeRegistered | JobRegistered | NodesChanged | StartActor | StopActor | JobEnded | RelayReply
@@ -475,4 +503,5 @@ ControlMessage = (
 )  # fmt: skip
 ProcessReply = (
     Done | Failed | ActorReply | ActorUpdate | KeyReply | StatusReply | ActorsReply | JobsReply | LogsArrived | Notice
+    | MetricsReply
 )  # fmt: skip

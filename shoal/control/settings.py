@@ -29,6 +29,7 @@ class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
         max_actors: that are not dead; more than an operating system will bear, but not more than memory does.
         max_value_bytes: of one value in the key-value store; about half of what one frame carries.
         max_store_bytes: of all keys and values.
+        max_series: of users' metrics; each costs about 1 KB.
     """
 
     version: str = __version__
@@ -49,3 +50,4 @@ class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_actors: int = 500_000
     max_value_bytes: int = 512 << 20
     max_store_bytes: int = 4 << 30
+    max_series: int = 20_000

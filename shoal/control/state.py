@@ -44,9 +44,11 @@ from shoal.control.messages import (
     ListActors,
     ListJobs,
     ListKeys,
+    ListMetrics,
     LogLines,
     LogsArrived,
     LogsFlushed,
+    MetricsReply,
     NodeInfo,
     NodeRegistered,
     NodeReport,
@@ -60,11 +62,13 @@ from shoal.control.messages import (
     RegisterJob,
     RegisterNode,
     Relay,
+    ReportMetrics,
     StatusReply,
     StopNode,
     UnwatchActor,
     WatchActor,
 )
+from shoal.control.metrics import MetricTable
 from shoal.control.nodes import NodeRecord, NodeTable
 from shoal.control.processes import Origin, ProcessTable
 from shoal.control.settings import ControlSettings
@@ -105,6 +109,7 @@ class ControlState:
         self._jobs = JobTable(settings.max_ended_jobs)
         self._keys = KeyStore(settings.max_value_bytes, settings.max_store_bytes)
         self._processes = ProcessTable()
+        self._metrics = MetricTable(settings.max_series)
         self._log_flushes = LogFlushes(self._outbox)
         lives = ActorLives(settings, self._outbox, self._nodes, self._jobs, self._keys, self._processes, rng)
         self._lives = lives
@@ -138,6 +143,8 @@ class ControlState:
             ListJobs: self._list_jobs,
             FlushLogs: self._flush_logs,
             ProvideArguments: lives.provide,
+            ReportMetrics: self._report_metrics,
+            ListMetrics: self._list_metrics,
         }
 
     # ---------------------------------------------------------------------------------------------------- inputs
@@ -292,6 +299,7 @@ class ControlState:
         logger.warning("node died node=%s address=%s reason=%s", node.node_id.hex(), node.info.address, reason)
         row = self._nodes.bury(node, reason)
         self._log_flushes.node_gone(node.peer)
+        self._metrics.node_gone(node.peer)
         for job in self._jobs.at(node.peer):
             self._end_job(job, f"the node of the job's driver died: {reason}")
         owned = self._processes.drop_peer(node.peer)
@@ -330,6 +338,7 @@ class ControlState:
             if job is not None and job.running:
                 self._end_job(job, f"the job's driver is gone: {message.cause}")
         self._log_flushes.process_gone(Origin(node.peer, message.worker_id))
+        self._metrics.process_gone(node.peer, message.worker_id)
         owned = self._processes.drop(Origin(node.peer, message.worker_id))
         job = self._jobs.find(JobId(message.job_id))
         if message.retired and job is not None and job.running:
@@ -364,6 +373,13 @@ class ControlState:
             job = self._jobs.find(JobId(job_id))
             if job is not None and job.running and job.info.log_to_driver:
                 self._tell_driver(job, LogsArrived(entries))
+
+    def _report_metrics(self, origin: Origin, job_id: bytes, message: ReportMetrics) -> None:
+        self._metrics.report(origin.peer, origin.worker_id, message.rows)
+
+    def _list_metrics(self, origin: Origin, job_id: bytes, request: ListMetrics) -> None:
+        reply = MetricsReply(rows=self._metrics.rows(), dropped=self._metrics.dropped)
+        self._outbox.answer(origin, request, reply)
 
     def _flush_logs(self, origin: Origin, job_id: bytes, request: FlushLogs) -> None:
         self._log_flushes.begin(origin, job_id, request, [node.peer for node in self._nodes])

@@ -115,6 +115,7 @@ class NodeConnection:
         self._arena_lock = threading.Lock()
         self._mail_rids = itertools.count(1)
         self._mail: dict[int, Callable[[Any], None]] = {}
+        self._collect: Callable[[], list[control.MetricRow]] | None = None  # the metrics, if there are any
 
     # ---------------------------------------------------------------------------------------- opening, closing
 
@@ -197,6 +198,7 @@ class NodeConnection:
 
     def _close(self, closed: Answer) -> None:
         try:
+            self.report_now()
             self.close_channels()
         finally:
             closed.set(True)
@@ -352,6 +354,34 @@ class NodeConnection:
 
     def kill_actor(self, actor_id: bytes, *, no_restart: bool) -> None:
         self.ask_control(control.KillActor(actor_id=actor_id, no_restart=no_restart))
+
+    # --------------------------------------------------------------------------------------------------- metrics
+
+    def report_later(self, delay_s: float, collect: Callable[[], list[control.MetricRow]]) -> None:
+        """After a while, and before this process leaves, tell control what `collect()` returns."""
+        self._collect = collect
+        self.reactor.call_soon(self.reactor.call_later, delay_s, self._report)
+
+    def report_now(self) -> None:
+        if self._collect is None:
+            return
+        if self.reactor.is_here:
+            self._report()
+            self.agent.flush()
+        else:
+            self.reactor.call_soon(self._report)
+
+    def _report(self) -> None:
+        collect = self._collect
+        if collect is not None and not self.agent.closed and (rows := collect()):
+            self.tell_control(control.ReportMetrics(rows))
+
+    def list_metrics(self) -> list[control.MetricRow]:
+        self.report_now()
+        rows: list[control.MetricRow] = self.ask_control(control.ListMetrics()).rows
+        return rows
+
+    # ------------------------------------------------------------------------------------------- key-value store
 
     def kv_put(self, space: str, key: bytes, value: bytes, *, overwrite: bool) -> bool:
         return bool(self.ask_control(control.PutKey(space=space, key=key, value=value, overwrite=overwrite)).found)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from shoal.control.messages import ActorInfo, JobInfo, NodeInfo, StatusReply
+from shoal.control.messages import ActorInfo, JobInfo, MetricRow, NodeInfo, StatusReply
+from shoal.control.metrics import MetricTable
 from shoal.exceptions import ActorAlreadyExistsError, ActorDiedError, ShoalError, TaskError
 from shoal.node.messages import INLINE
 from shoal.objects.ids import OBJECT_BYTES, TASK_BYTES, ActorId, JobId, NodeId, new_actor_id
@@ -171,6 +172,8 @@ class FakeRuntime:
         self.submitted: list[TaskTemplate] = []
         self.cancelled: list[tuple[ObjectRef[Any], bool, bool]] = []
         self.pending: set[bytes] = set()  # ids that `wait` and `get` take for not ready
+        self.metrics = MetricTable(100)
+        self.collect: Callable[[], list[MetricRow]] = list
         self.keys: dict[tuple[str, bytes], bytes] = {}
         self.is_shut_down = False
         self.where = ContextData(JOB, NODE, b"d", namespace="space", node_ip="127.0.0.1", control_address="127.0.0.1:1")
@@ -325,6 +328,13 @@ class FakeRuntime:
 
     def context(self) -> ContextData:
         return self.where
+
+    def report_later(self, delay_s: float, collect: Callable[[], list[MetricRow]]) -> None:
+        self.collect = collect
+
+    def list_metrics(self) -> list[MetricRow]:
+        self.metrics.report(0, b"me", self.collect())
+        return self.metrics.rows()
 
     def kv_put(self, space: str, key: bytes, value: bytes, *, overwrite: bool) -> bool:
         existed = (space, key) in self.keys

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shoal.control.messages import ActorInfo, JobInfo, StatusReply
+from shoal.control.messages import ActorInfo, JobInfo, MetricRow, StatusReply
 from shoal.scheduling.views import Amounts, Strategy
 
 if TYPE_CHECKING:
@@ -292,6 +292,11 @@ class Runtime(Protocol):
     def kv_get(self, space: str, key: bytes) -> bytes | None: ...
     def kv_delete(self, space: str, key: bytes, *, by_prefix: bool) -> int: ...
     def kv_list(self, space: str, prefix: bytes) -> list[bytes]: ...
+    def report_later(self, delay_s: float, collect: Callable[[], list[MetricRow]]) -> None:
+        """After a while, and before this process leaves, tell control what `collect()` returns; it runs on a thread of
+        the runtime's and must be short."""
+
+    def list_metrics(self) -> list[MetricRow]: ...
     def exit_actor(self) -> None:
         """Inside an actor: end it once the current call has returned; raises to leave the method at once."""
 

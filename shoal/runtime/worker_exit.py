@@ -36,6 +36,8 @@ def end_process(runtime: CoreRuntime, code: int) -> NoReturn:
     worker_output.flush()
     if not runtime.reactor.is_here:
         atexit._run_exitfuncs()
+    runtime.report_now()
+    if not runtime.reactor.is_here:
         worker_output.flush()
         _flush(runtime)
     os._exit(code & 0xFF)
