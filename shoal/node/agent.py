@@ -51,6 +51,7 @@ from shoal.node.messages import (
     Release,
     Resolve,
     ReturnLease,
+    RunsLong,
     Seal,
     Unblocked,
     Unpin,
@@ -418,6 +419,9 @@ class Agent:
             case Blocked() | Unblocked():
                 if process.worker is not None:  # a driver holds no resources
                     self.leases.set_blocked(process.worker, isinstance(message, Blocked))
+            case RunsLong():
+                if process.worker is not None:
+                    self.leases.set_slow(process.worker)
             case Allocate():
                 objects.allocate(who, process.connection, message)
             case Release():

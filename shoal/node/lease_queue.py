@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from shoal.node.messages import LeaseSpec
+from shoal.scheduling.resources import is_light
 from shoal.scheduling.views import Amounts, Strategy, WaitReason
 
 
@@ -38,15 +39,19 @@ class Plan(NamedTuple):
 
 
 class Shape:
-    """Everything about a demand that decides where it can run. `pinned`: another agent sent it here."""
+    """Everything about a demand that decides where it can run. `pinned`: another agent sent it here. `light`: it needs
+    next to nothing, so how many run is bounded by slots."""
 
-    __slots__ = ("busy", "demand", "key", "lacking", "offered", "pinned", "plan", "refs", "strategy", "waiting")
+    __slots__ = (
+        "busy", "demand", "key", "lacking", "light", "offered", "pinned", "plan", "refs", "strategy", "waiting",
+    )  # fmt: skip
 
     def __init__(self, key: object, demand: Amounts, strategy: Strategy, pinned: bool) -> None:
         self.key = key
         self.demand = demand
         self.strategy = strategy
         self.pinned = pinned
+        self.light = is_light(demand)
         self.refs = 0  # classes
         self.waiting = 0  # classes in the queue
         self.plan: Plan | None = None  # None: not worked out since the roster of nodes changed

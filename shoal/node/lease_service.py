@@ -111,6 +111,13 @@ class LeaseService:
                 self.scheduler.set_blocked(worker.lease_id, blocked)
         self.decide_soon()
 
+    def set_slow(self, worker: Worker) -> None:
+        """The worker's call has run for long."""
+        if worker.lease_id:
+            with suppress(KeyError):
+                self.scheduler.set_slow(worker.lease_id)
+            self.decide_soon()
+
     def drop_owner(self, owner: bytes) -> None:
         """Nobody will collect what the owner's leased workers do: end them."""
         for lease_id in self.scheduler.drop_owner(owner):

@@ -13,6 +13,9 @@ Who is served:
   new roots keeps a recursion at a handful of live workers instead of one per call. Owners never rank nested work below
   the task that submits it, so a parent never waits behind its own kind.
 - At equal depth owners take turns, one lease each; within an owner its classes take turns.
+- Work that needs next to nothing (`resources.is_light`) would get a worker per task. A node has slots for it instead;
+  one that blocks lends its slot, and one that runs for long makes room for two: so short tasks share a few workers, and
+  those that wait for each other in ways that nobody sees still all get one.
 - A class that needs much at once would never fit while small ones take each piece that is freed. When it has waited
   for `RESERVE_AFTER_S`, what it lacks is kept from others of no higher
   priority and no greater depth, for `RESERVE_FOR_S` at most:
@@ -38,7 +41,7 @@ from shoal.node.lease_queue import DemandClass, LeaseQueue, Plan, Shape
 from shoal.node.messages import LeaseSpec
 from shoal.node.resource_books import Holding, ResourceBooks
 from shoal.scheduling import policy
-from shoal.scheduling.resources import count_fitting, fits, missing, subtract
+from shoal.scheduling.resources import count_fitting, fits, light_slots, missing, subtract
 from shoal.scheduling.views import Amounts, DemandReport, NodeView, WaitReason
 
 RESERVE_AFTER_S: Final = 1.0
@@ -59,6 +62,9 @@ that another agent sent here may be sent on (the view by which it was sent was a
 _NEW: Final = WaitReason("busy", "it was asked for a moment ago")
 _RESERVED: Final = WaitReason("busy", "what is free is kept for older work that needs more at once")
 _SPLIT: Final = WaitReason("busy", "enough is free in all, but not on one device")
+_CROWDED: Final = WaitReason(
+    "busy", "the node runs enough tasks that need no CPU; more start when these end, block or run for long"
+)
 _LIMITED: Final = WaitReason("busy", "the node has as many workers as it may have")
 
 
@@ -110,15 +116,23 @@ class _Owner:
 
 
 class _Lease:
-    __slots__ = ("blocked", "class_id", "holding", "job_id", "owner", "share")
+    __slots__ = ("blocked", "class_id", "holding", "job_id", "light", "owner", "share", "slow")
 
-    def __init__(self, owner: bytes, class_id: int, job_id: bytes, holding: Holding, share: int) -> None:
+    def __init__(self, owner: bytes, class_id: int, job_id: bytes, holding: Holding, share: int, light: bool) -> None:
         self.owner = owner
         self.class_id = class_id
         self.job_id = job_id
         self.holding = holding
         self.share = share  # of the node, in millionths
         self.blocked = False
+        self.light = light
+        self.slow = False  # one of its calls ran for long
+
+    def slots(self) -> int:
+        """What it takes of the slots for light work; -1: it makes room for one more."""
+        if not self.light or self.blocked:
+            return 0
+        return -1 if self.slow else 1
 
 
 class _Reservation(NamedTuple):
@@ -145,6 +159,7 @@ class LeaseScheduler:
         self._leases: dict[int, _Lease] = {}
         self._actors: dict[bytes, Holding] = {}
         self._reservation: _Reservation | None = None
+        self._slots = light_slots(total)  # free ones; may be negative
         self._used: dict[bytes, int] = {}  # by jobs: the shares of their leases that are not blocked
         self._revisit: dict[DemandClass, None] = {}  # to look at when they have waited for `REVISIT_S`
         # Notes of one decision:
@@ -233,6 +248,7 @@ class LeaseScheduler:
             KeyError: there is no such lease.
         """
         lease = self._leases.pop(lease_id)
+        self._slots += lease.slots()
         self._use(lease, used=False)
         self._give_back(lease.holding)
         record = self._owners.get(lease.owner)
@@ -253,8 +269,21 @@ class LeaseScheduler:
             KeyError: there is no such lease.
         """
         lease = self._leases[lease_id]
+        self._slots += lease.slots()
         self._use(lease, used=not blocked)
+        self._slots -= lease.slots()
+        if blocked and lease.light:
+            self._queue.full.clear()
         self._lend(lease.holding, blocked)
+
+    def set_slow(self, lease_id: int) -> None:
+        """A call under this lease has run for long. Raises KeyError: there is no such lease."""
+        lease = self._leases[lease_id]
+        self._slots += lease.slots()
+        lease.slow = True
+        self._slots -= lease.slots()
+        if lease.light:
+            self._queue.full.clear()
 
     def acquire_actor(self, actor_id: bytes, placement: Amounts, hold: Amounts) -> dict[str, list[int]] | None:
         """Hold `hold` for an actor if `placement` and it fit now: its device numbers, or None.
@@ -411,6 +440,9 @@ class LeaseScheduler:
         if not self._plan(shape).here or not self._books.has_room(shape.demand):
             self._note_full(cls)
             return False
+        if shape.light and self._slots <= 0:
+            self._queue.full.add(shape)
+            return False
         if self._is_withheld_from(cls):
             withheld.add(shape)
             return False
@@ -422,8 +454,10 @@ class LeaseScheduler:
     def _grant_one(self, cls: DemandClass) -> Grant:
         holding = self._books.take(cls.shape.demand)
         self._last_lease += 1
-        share = policy.share_of(cls.shape.demand, self.total)
-        lease = self._leases[self._last_lease] = _Lease(cls.owner, cls.class_id, cls.spec.job_id, holding, share)
+        shape, job = cls.shape, cls.spec.job_id
+        share = policy.share_of(shape.demand, self.total)
+        lease = self._leases[self._last_lease] = _Lease(cls.owner, cls.class_id, job, holding, share, shape.light)
+        self._slots -= lease.slots()
         self._use(lease, used=True, new=True)
         self._owners[cls.owner].leases.add(self._last_lease)
         self._told.discard(cls.owner)
@@ -488,7 +522,10 @@ class LeaseScheduler:
             return
         if not self._untold:
             return
-        names = {name for shape in starving for name in missing(shape.demand, self.available) or shape.demand}
+        names: set[str] = set()
+        for shape in starving:
+            names.update(missing(shape.demand, self.available) or (() if shape.light else shape.demand))
+        crowded = self._slots <= 0 and any(shape.light for shape in starving)
         alone: DemandClass | None = None  # the only one that starves: its own leases are no help to it
         if len(starving) == 1 and starving[0].waiting == 1:
             alone = next(cls for cls in self._queue if cls.shape is starving[0])
@@ -497,7 +534,7 @@ class LeaseScheduler:
             for cls in self._owners[owner].classes.values():
                 if not cls.granted or cls is alone or cls.spec.priority > priority:
                     continue
-                if not names.isdisjoint(cls.shape.demand):
+                if (crowded and cls.shape.light) or not names.isdisjoint(cls.shape.demand):
                     self._untold.remove(owner)
                     self._told.add(owner)
                     decisions.append(Reclaim(owner, priority))
@@ -571,6 +608,8 @@ class LeaseScheduler:
             return shape.busy
         if self._is_withheld_from(cls):
             return _RESERVED
+        if shape.light and self._slots <= 0:
+            return _CROWDED
         return _SPLIT if shape in self._queue.full else _LIMITED
 
     def _offer(self, cls: DemandClass, decisions: list[Decision]) -> None:
@@ -601,12 +640,15 @@ class LeaseScheduler:
             ranked = policy.rank_nodes(demand, shape.strategy, views, self._cluster.node_count, self._rng)
             share = -(-rest // len(ranked))
             for view in ranked:
-                count = count_fitting(demand, view.available, min(share, rest))
+                most = min(share, light_slots(view.total)) if shape.light else share
+                count = count_fitting(demand, view.available, min(most, rest))
                 rest -= count
                 if view is own:
                     own = msgspec.structs.replace(own, available=subtract(own.available, demand, count))
                 elif count:
                     self._send(cls, view.node_id, count, decisions)
+            if shape.light:
+                return  # it fits for ever
 
     def _send(self, cls: DemandClass, node_id: bytes, count: int, decisions: list[Decision]) -> None:
         self._cluster.deduct(node_id, cls.shape.demand, count, self._now)
@@ -667,6 +709,8 @@ class LeaseScheduler:
         for lease in self._leases.values():
             if not lease.blocked:
                 used[lease.job_id] = used.get(lease.job_id, 0) + lease.share
+        slots = light_slots(self.total) - sum(lease.slots() for lease in self._leases.values())
+        assert slots == self._slots, "the slots for light work do not add up"
         assert used == self._used, "what jobs use does not add up"
         owned: list[int] = []
         classes: list[DemandClass] = []

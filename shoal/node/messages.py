@@ -232,6 +232,11 @@ class CancelCall(Message, frozen=True, tag=223):
     recursive: bool
 
 
+class RunsLong(Message, frozen=True, tag=229):
+    """The worker's call has run for `executor.LONG_S`. Said once of a call, and only of those that need next to nothing
+    (`resources.is_light`): more of those are run at a time when they are not short."""
+
+
 # ------------------------------------------------------------------------------------------ agent -> process, tags 240+
 
 
@@ -396,7 +401,7 @@ class ChunkHeader(Message, frozen=True, tag=281):
 FromProcess = (
     Done | Failed | RegisterDriver | WorkerReady | OwnerHello | LeaseDemand | ReturnLease | Blocked | Unblocked
     | Allocate | Release | Seal | Resolve | CancelResolve | Unpin | Publish | Use | Unuse | ControlMail | ActorReady
-    | Leaving | WorkerBusy | CancelCall
+    | Leaving | WorkerBusy | CancelCall | RunsLong
 )  # fmt: skip
 ToProcess = (
     Done | Failed | JoinNode | ProcessRegistered | LeaseGranted | LeaseRedirected | LeaseWaiting | ReclaimLeases

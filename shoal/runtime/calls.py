@@ -18,6 +18,7 @@ from shoal.runtime.messages import Argument, Introduce, Run, Template
 from shoal.runtime.nesting import nest
 from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.task_run import Placeholder
+from shoal.scheduling.resources import is_light
 
 if TYPE_CHECKING:
     from shoal.runtime.core import CoreRuntime
@@ -67,13 +68,15 @@ class Caller:
 
 
 class Target:
-    """A template as this worker knows it. `function` is set by whoever runs it first."""
+    """A template as this worker knows it. `function` is set by whoever runs it first. `light`: its tasks need next to
+    nothing."""
 
-    __slots__ = ("__weakref__", "function", "nesting", "pace_s", "template", "told_s", "uses")
+    __slots__ = ("__weakref__", "function", "light", "nesting", "pace_s", "template", "told_s", "uses")
 
     def __init__(self, template: Template) -> None:
         self.template = template
         self.nesting = nest(template.depth + 1, template.priority, True)  # of what it submits
+        self.light = not template.method and is_light(template.resources)
         self.function: Callable[..., Any] | None = None
         self.pace_s: float | None = None
         self.told_s = 0.0  # the pace that the owner knows

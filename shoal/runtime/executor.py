@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
-from shoal.node.messages import AssignJob, BeginActor, EndActor, EndProcess
+from shoal.node.messages import AssignJob, BeginActor, EndActor, EndProcess, RunsLong
 from shoal.objects.ids import make_task_id
 from shoal.rpc.frames import make_decoder
 from shoal.rpc.messages import Done, Hello
@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 STUCK_S: Final = 0.01
 """A task that runs longer hands back those queued behind it; looked for this often while any are queued."""
+LONG_S: Final = 0.05
+"""A task that needs next to nothing and runs longer makes room for others: see `LeaseScheduler.set_slow`."""
 
 _decoder = make_decoder(ToWorker)
 
@@ -67,6 +69,7 @@ class Executor:
         self._underway = 0  # the actor's calls whose arguments, or predecessors, are not here yet
         self._end_cause: str | None = None  # the actor is to end when those have come
         self._watching = False
+        self._told_of = 0.0  # when the call began of which the agent was told last that it runs long
         self._devices: dict[str, list[int]] = {}
         self._env_vars: dict[str, str] = {}
         runtime.on_agent_message = self._from_agent
@@ -184,13 +187,17 @@ class Executor:
             self.runtime.reactor.call_later(STUCK_S, self._look_for_stuck)
 
     def _look_for_stuck(self) -> None:
-        """While tasks are queued: see that none waits behind one that takes long."""
+        """While tasks are queued: see that none waits behind one that takes long. And tell of light ones that do."""
         self._watching = False
-        if self.runner.queue.empty():
-            return
         running = self.runner.running
-        if running is not None and time.perf_counter() - running.started > STUCK_S:
+        lasts_s = time.perf_counter() - running.started if running is not None and running.started else 0.0
+        if lasts_s > STUCK_S:
             self._return_queued()
+        watched = running is not None and running.target.light and running.started != self._told_of
+        if running is not None and watched and lasts_s > LONG_S:
+            self._told_of, watched = running.started, False
+            self.runtime.agent.send(RunsLong())
+        if not watched and (lasts_s > STUCK_S or self.runner.queue.empty()):
             return
         self._watching = True
         self.runtime.reactor.call_later(STUCK_S, self._look_for_stuck)

@@ -26,6 +26,9 @@ DEVICE_RESOURCES: Final = frozenset({"GPU"})
 BYTE_RESOURCES: Final = frozenset({"memory", "object_store_memory"})
 """Resources that people read in MiB and GiB."""
 
+LIGHT_BELOW: Final = UNIT // 10
+MIN_LIGHT_SLOTS: Final = 4
+
 _NOISE: Final = 1e-6  # of a step: what sums of decimal fractions such as 0.1 + 0.2 are off by, with room to spare
 
 
@@ -98,6 +101,16 @@ def subtract(left: Amounts, right: Amounts, copies: int = 1) -> Amounts:
     for name, amount in right.items():
         rest[name] = rest.get(name, 0) - amount * copies
     return rest
+
+
+def is_light(demand: Amounts) -> bool:
+    """Whether it asks for so little that what a node has does not bound how many run there in any sensible way."""
+    return not any(amount >= LIGHT_BELOW and name not in BYTE_RESOURCES for name, amount in demand.items())
+
+
+def light_slots(total: Amounts) -> int:
+    """How many light tasks a node runs at a time, but for those that block or take long."""
+    return max(2 * total.get("CPU", 0) // UNIT, MIN_LIGHT_SLOTS)
 
 
 def missing(demand: Amounts, total: Amounts) -> dict[str, tuple[int, int]]:

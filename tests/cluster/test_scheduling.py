@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -216,6 +218,39 @@ def test_the_flood_of_one_driver_does_not_starve_another(trio: Trio) -> None:
     assert len(left) > 1000, "the flood is far from its end"
     for ref in left:
         shoal.cancel(ref)
+
+
+# ------------------------------------------------------------------------------------------------ tasks without CPUs
+
+
+@shoal.remote(num_cpus=0)
+def pid() -> int:
+    return os.getpid()
+
+
+@shoal.remote(num_cpus=0)
+def parent_pid() -> tuple[int, int]:
+    return os.getpid(), int(shoal.get(pid.remote()))
+
+
+@shoal.remote(num_cpus=0)
+def meet(folder: str, number: int, count: int) -> int:
+    """Return when all have come, which nobody but the file system knows."""
+    Path(folder, str(number)).touch()
+    while len(os.listdir(folder)) < count:
+        time.sleep(0.01)
+    return number
+
+
+def test_a_flood_of_tasks_without_cpus_shares_few_workers(trio: Trio) -> None:
+    pairs = shoal.get([parent_pid.remote() for _ in range(300)], timeout=60)
+    assert len({number for pair in pairs for number in pair}) < 150
+
+
+def test_tasks_without_cpus_that_wait_for_each_other_all_start(trio: Trio, tmp_path: Path) -> None:
+    here = meet.options(label_selector={"zone": "a"})
+    refs = [here.remote(str(tmp_path), number, 20) for number in range(20)]
+    assert shoal.get(refs, timeout=60) == list(range(20))
 
 
 # --------------------------------------------------------------------------------------------------- spread, packing

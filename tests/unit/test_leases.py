@@ -25,7 +25,7 @@ from shoal.node.leases import (
 )
 from shoal.node.messages import LeaseSpec
 from shoal.node.resource_books import ResourceBooks
-from shoal.scheduling.resources import fits, to_amounts
+from shoal.scheduling.resources import MIN_LIGHT_SLOTS, fits, to_amounts
 from shoal.scheduling.views import UNIT, NodeView, Strategy, WaitReason
 
 JOB = b"job0"
@@ -486,6 +486,80 @@ def test_zero_cpus_fit_even_when_oversubscribed() -> None:
     node.scheduler.set_blocked(1, False)
     node.want(b"c", 2, LeaseSpec(JOB, {"CPU": 0}))
     assert node.served() == [b"c", b"c"]
+
+
+NOTHING = LeaseSpec(JOB, {"CPU": 0})
+
+
+def test_light_work_is_bounded_by_slots_and_grows_when_it_blocks_or_runs_long() -> None:
+    node = Node(CPU=1)
+    node.want(b"a", 1500, NOTHING)
+    assert len(node.served()) == MIN_LIGHT_SLOTS
+    assert node.waits[0][2].startswith("the node runs enough tasks that need no CPU")
+    node.scheduler.set_blocked(1, True)
+    assert len(node.served()) == 1
+    node.scheduler.set_blocked(1, False)
+    node.release_one(b"a")
+    assert node.served() == [], "what was lent is taken back"
+    sizes = []
+    for _ in range(4):
+        for number in list(node.scheduler._leases):
+            node.scheduler.set_slow(number)
+        node.decide()
+        sizes.append(len(node.scheduler._leases))
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 5 * sizes[0], "it grows as fast as processes can be made, where nothing is short"
+
+
+def test_light_work_of_one_owner_makes_room_for_that_of_another() -> None:
+    node = Node(CPU=1, memory=8)
+    node.want(b"a", 4, NOTHING)
+    node.decide()
+    node.want(b"b", 1, spec(depth=1, memory=1))
+    node.decide()
+    assert node.reclaims == [b"a"]
+    node.want(b"a", 3)
+    node.release_one(b"a")
+    assert node.served() == [b"b"]
+
+
+def test_light_work_overflows_to_other_nodes_as_far_as_they_have_slots() -> None:
+    node = Node(CPU=1)
+    node.nodes = (view("b", {"CPU": 1}), view("c", {"CPU": 16}))
+    node.want(b"a", 100, NOTHING)
+    assert len(node.served()) == MIN_LIGHT_SLOTS
+    assert node.redirects == {"b": MIN_LIGHT_SLOTS, "c": 32}
+
+
+def nested_pairs(cpus: int) -> tuple[int, int]:
+    """1500 parents without CPUs that each wait for a child without: (most leases at a time, children that ran)."""
+    node = Node(CPU=cpus)
+    left, ran, most = 1500, 0, 0
+    node.want(b"driver", left, NOTHING)
+    parents: dict[bytes, int] = {}
+    while left:
+        node.decide()
+        most = max(most, len(node.scheduler._leases))
+        assert node.grants, "it stands still"
+        for grant in node.grants:
+            if grant.owner == b"driver":
+                owner = b"worker%d" % grant.lease_id
+                parents[owner] = grant.lease_id
+                node.scheduler.set_demand(owner, 1, 1, LeaseSpec(JOB, {}, depth=1), node.now)
+                node.scheduler.set_blocked(grant.lease_id, True)
+            else:
+                ran, left = ran + 1, left - 1
+                node.want(grant.owner, 0)
+                node.scheduler.release(grant.lease_id)
+                node.scheduler.release(parents.pop(grant.owner))
+                node.want(b"driver", left, NOTHING)
+    return most, ran
+
+
+def test_pairs_without_cpus_need_few_workers() -> None:
+    most, ran = nested_pairs(2)
+    assert ran == 1500
+    assert most <= 3 * MIN_LIGHT_SLOTS
 
 
 def test_devices_are_told_and_fractions_share_one() -> None:
@@ -1110,7 +1184,9 @@ class Books(RuleBasedStateMachine):
             if self.scheduler.unmet(*key):
                 cls = self.scheduler._owners[key[0]].classes[key[1]]
                 plan = self.scheduler._plan(cls.shape)
-                assert not (plan.here and self.scheduler._books.has_room(cls.shape.demand)), "it fits and waits"
+                crowded = cls.shape.light and self.scheduler._slots <= 0
+                has_room = self.scheduler._books.has_room(cls.shape.demand) and not crowded
+                assert not (plan.here and has_room), "it fits and waits"
 
     def expect_nothing_was_kept_that_fits_elsewhere(self, limited: bool) -> None:
         if limited:
@@ -1119,6 +1195,8 @@ class Books(RuleBasedStateMachine):
             if self.scheduler.unmet(*key) and not self.is_new(key):
                 shape = self.scheduler._owners[key[0]].classes[key[1]].shape
                 plan = self.scheduler._plan(shape)
+                if shape.light:
+                    continue  # it fits everywhere and for ever, but is sent only as far as there are slots
                 assert not self.scheduler._cluster.with_room(shape.demand, plan.away), "it fits elsewhere and waits"
 
     @rule(lease=consumes(leases))
@@ -1129,6 +1207,10 @@ class Books(RuleBasedStateMachine):
     @rule(lease=leases, blocked=st.booleans())
     def block(self, lease: int, blocked: bool) -> None:
         self.scheduler.set_blocked(lease, blocked)
+
+    @rule(lease=leases)
+    def take_long(self, lease: int) -> None:
+        self.scheduler.set_slow(lease)
 
     @rule(owner=st.sampled_from(OWNERS))
     def drop_owner(self, owner: bytes) -> None:

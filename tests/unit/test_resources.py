@@ -180,3 +180,12 @@ def test_books_of_devices_always_add_up(count: int, amounts: list[int], seed: in
     for ids, amount in held:
         slots.release(ids, amount)
     assert slots.acquire(count * UNIT) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("needs", "light"),
+    [({}, True), ({"memory": 1e9}, True), ({"accelerator_type:A": 0.001, "CPU": 0.05}, True), ({"CPU": 0.1}, False),
+     ({"GPU": 0.5}, False), ({"x": 1}, False)],
+)  # fmt: skip
+def test_what_is_light(needs: dict[str, float], light: bool) -> None:
+    assert r.is_light(r.to_amounts(needs)) is light
