@@ -34,7 +34,7 @@ LOOK_AGAIN_S: Final = 0.02
 
 NODE_ARGS: Final = (
     "num_cpus", "num_gpus", "memory", "object_store_memory", "resources", "labels", "port", "node_ip_address",
-    "temp_dir", "log_level", "node_timeout_s", "spill",
+    "temp_dir", "log_level", "node_timeout_s", "spill", "memory_threshold",
 )  # fmt: skip
 
 
@@ -155,7 +155,8 @@ class Cluster:
             wait: until the cluster knows the node; otherwise it starts in the background (see `wait_for_nodes`).
             node_args: num_cpus, num_gpus, memory, object_store_memory (bytes), resources, labels, port,
                 node_ip_address, temp_dir, log_level, node_timeout_s (of the head: silence after which a node is dead),
-                spill (list of folders or URLs for objects that do not fit).
+                spill (list of folders or URLs for objects that do not fit), memory_threshold (share of the machine's
+                memory in use at which workers are ended).
         Raises:
             TypeError: an unknown argument. ShoalError: the node could not start.
         """

@@ -78,6 +78,10 @@ def start(
         str | None,
         typer.Option(metavar="SIZE", help="Of the object store, such as 2GiB (default: 30 % of the memory)."),
     ] = None,
+    memory_usage_threshold: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of memory in use at which a worker is ended; 1 ends none."),
+    ] = 0.95,
     object_spilling_directory: Annotated[
         str | None,
         typer.Option(
@@ -123,6 +127,7 @@ def start(
         labels=chosen_labels,
         memory=memory_bytes,
         object_store_memory=store_bytes,
+        memory_threshold=memory_usage_threshold,
         spill=[where.strip() for where in (object_spilling_directory or "").split(",") if where.strip()],
         temp_dir=temp_dir,
         log_level=log_level,

@@ -10,4 +10,5 @@ It asks: control (`shoal.control.messages`). No process of this room runs user c
                 actors
     objects     directory, store: pure;  object_manager, transfer, spiller, spill_files: shells
     logs        logs
+    memory      memory_watch
 """

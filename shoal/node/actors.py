@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from shoal.control.messages import ActorFailed, ActorGone, ActorStarted, ActorWaits, JobInfo, StartActor, StopActor
 from shoal.exceptions import ShoalError
 from shoal.node.leases import Decision, Grant, LeaseScheduler, Wait
+from shoal.node.memory_watch import WorkerMemory, private_bytes
 from shoal.node.messages import ActorReady, BeginActor, EndActor, LeaseSpec, WorkerExit
 from shoal.node.starting import Starting
 from shoal.node.workers import Worker, WorkerPool
@@ -67,6 +68,16 @@ class ActorHost:
     def is_detached(self, actor_id: bytes) -> bool:
         hosted = self._actors.get(actor_id)
         return hosted is not None and hosted.order.spec.detached
+
+    def memory(self) -> Iterator[WorkerMemory]:
+        """The actors' workers."""
+        for hosted in self._actors.values():
+            worker, spec = hosted.worker, hosted.order.spec
+            if worker is not None and worker.pid:
+                yield WorkerMemory(
+                    worker.worker_id, worker.pid, spec.class_name, spec.owner_id, private_bytes(worker.pid),
+                    hosted.placed_unix_s, spec.max_restarts != 0,
+                )  # fmt: skip
 
     def starting(self) -> Iterator[Starting]:
         """Actors that have their resources and whose constructor has not returned."""

@@ -29,6 +29,7 @@ from shoal.node.cluster_link import ClusterLink
 from shoal.node.lease_service import LeaseService
 from shoal.node.leases import LeaseScheduler
 from shoal.node.logs import WorkerLogs
+from shoal.node.memory_watch import MemoryWatch, WorkerMemory, private_bytes
 from shoal.node.messages import (
     ActorReady,
     AgentHello,
@@ -137,6 +138,7 @@ class Agent:
         self._transfers = TransferServer(self.objects.pin_for_transfer, self.objects.unpin_from_transfer)
         self._arena = arena
         self._warmer = Warmer(settings.store_bytes)
+        self._memory = MemoryWatch(settings.memory_threshold, self._worker_memory, self._end_for_memory)
 
     # ------------------------------------------------------------------------------------------------- running
 
@@ -169,6 +171,7 @@ class Agent:
                     group.create_task(self._tick(), name="tick"),
                     group.create_task(self._warm(), name="warm"),
                     group.create_task(self._watch_zygote(), name="watch-zygote"),
+                    group.create_task(self._memory.run(), name="watch-memory"),
                 ]
                 await self._stop.wait()
                 signal.alarm(CLOSE_S)  # nobody may be left to end this process if a thread of it hangs
@@ -475,6 +478,21 @@ class Agent:
         if worker.actor_id:
             self.actors.ended(worker, exit)
         self.decide_soon()
+
+    def _worker_memory(self) -> list[WorkerMemory]:
+        idle = [
+            WorkerMemory(worker.worker_id, worker.pid, "", b"", private_bytes(worker.pid), worker.idle_since, True)
+            for worker in self.pool.workers()
+            if worker.is_idle
+        ]
+        return [*idle, *self.leases.memory(), *self.actors.memory()]
+
+    def _end_for_memory(self, worker_id: bytes, why: str) -> None:
+        worker = self.pool.find(worker_id)
+        if worker is not None:
+            worker.out_of_memory = True
+            worker.retired = worker.is_idle
+            self.pool.end(worker, why, intended=worker.is_idle)
 
     def _end_job(self, job_id: bytes) -> None:
         """The job's driver has ended: so do its workers here, but for detached actors."""

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from shoal.control.messages import JobInfo
 from shoal.exceptions import ShoalError
 from shoal.node.leases import Decision, Grant, LeaseScheduler, Reclaim, Redirect, Wait
+from shoal.node.memory_watch import WorkerMemory, private_bytes
 from shoal.node.messages import (
     LeaseDemand,
     LeaseGranted,
@@ -135,6 +136,16 @@ class LeaseService:
         if lease is not None:
             self._around.send_to(lease.owner, LeaseLost(worker.lease_id, exit))
             self.scheduler.release(worker.lease_id)
+
+    def memory(self) -> Iterator[WorkerMemory]:
+        """The leased workers."""
+        for lease in self._leases.values():
+            worker = lease.worker
+            if worker is not None and worker.pid:
+                yield WorkerMemory(
+                    worker.worker_id, worker.pid, lease.spec.name, lease.owner, private_bytes(worker.pid),
+                    lease.granted_unix_s, lease.spec.retriable,
+                )  # fmt: skip
 
     def starting(self) -> Iterator[Starting]:
         """Leases that were granted and have no worker yet."""

@@ -21,6 +21,7 @@ class LeaseSpec(msgspec.Struct, array_like=True, frozen=True):
     strategy: Strategy = Strategy()
     env_vars: dict[str, str] = {}
     priority: int = 0  # among what waits, higher first
+    retriable: bool = True  # should the worker be ended: the tasks may run again
 
 
 class WorkerAddress(msgspec.Struct, array_like=True, frozen=True):
@@ -40,6 +41,7 @@ class WorkerExit(msgspec.Struct, array_like=True, frozen=True):
     signal: int = 0
     cause: str = ""
     tail: list[str] = []
+    out_of_memory: bool = False  # the node ended it to get memory back
 
 
 # Object states on the wire.

@@ -25,6 +25,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
         private: made by `init()` for one driver; nobody else finds it.
         spill: folders or URLs (of fsspec) for objects that do not fit into shared memory; none means a folder of the
             node's own, below `temp_dir`.
+        memory_threshold: share of the machine's (or container's) memory in use at which workers are ended; 1 never.
         lifeline_fd: the node ends when the other end of this descriptor closes; None lives until it is told to end.
         worker_entry: "module:function" that prepares workers in the zygote; the rooms above say what those are.
     """
@@ -42,6 +43,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     temp_dir: str | None = None
     token: str | None = None
     spill: list[str] = []
+    memory_threshold: float = 0.95
     private: bool = False
     lifeline_fd: int | None = None
     log_level: str = "info"
@@ -85,6 +87,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str]
     store_bytes: int
     spill: list[str]
+    memory_threshold: float
 
 
 def detect_capacity(options: NodeOptions) -> Capacity:

@@ -151,6 +151,7 @@ class Supervisor:
             total=capacity.total,
             labels={**capacity.labels, NODE_ID: node_id.hex()},
             store_bytes=capacity.store_bytes,
+            memory_threshold=options.memory_threshold,
             spill=options.spill or [str(self.folder.spill)],
         )
         self._fork_and_wait("agent", lambda ready: run_agent(agent_settings, listener, agent_end, arena, ready))

@@ -42,7 +42,7 @@ class Worker:
 
     __slots__ = (
         "actor_id", "assigned", "connection", "devices", "ending", "env", "idle_since", "incarnation", "intended",
-        "job_id", "lease_id", "pid", "ready", "retired", "socket_path", "worker_id",
+        "job_id", "lease_id", "out_of_memory", "pid", "ready", "retired", "socket_path", "worker_id",
     )  # fmt: skip
 
     def __init__(self, worker_id: bytes, socket_path: str, ready: asyncio.Future[None]) -> None:
@@ -61,6 +61,7 @@ class Worker:
         self.idle_since = 0.0
         self.ending = ""  # why we end it, or why it said it leaves
         self.intended = False  # its end is no crash
+        self.out_of_memory = False  # it was ended to get memory back
         self.retired = False  # it ends because there is no more work for it: what it made lives on
 
     @property
@@ -276,7 +277,8 @@ class WorkerPool:
             cause = report.text
             if report.signal == signal.SIGKILL:
                 cause = "killed by SIGKILL: by somebody, or by the kernel because the machine ran out of memory"
-        self._gone(worker, WorkerExit(report.code, report.signal, cause, self._logs.tail(worker.worker_id)))
+        tail = self._logs.tail(worker.worker_id)
+        self._gone(worker, WorkerExit(report.code, report.signal, cause, tail, worker.out_of_memory))
 
     def _gone(self, worker: Worker, exit: WorkerExit) -> None:
         self._workers.pop(worker.worker_id, None)

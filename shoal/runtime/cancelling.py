@@ -43,7 +43,7 @@ class Canceller:
     """See the module. Reactor's thread only.
 
     Attributes:
-        blocked: tasks that wait for arguments; nothing else leads to all of them.
+        blocked: tasks that wait for arguments, or for a while; nothing else leads to all of them.
     """
 
     def __init__(self, runtime: CoreRuntime) -> None:
@@ -79,7 +79,7 @@ class Canceller:
     def _cancel(self, run: TaskRun, force: bool, recursive: bool) -> None:
         for ref in run.result_refs():
             ref.watched = True  # nobody needs to be told of an error that somebody asked for
-        if run.stage in ("arguments", "queued"):
+        if run.stage in ("arguments", "queued", "paused"):
             if run.client is None:
                 self.blocked.discard(run)
                 self._runtime.tasks.withdraw(run)

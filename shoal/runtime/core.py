@@ -114,7 +114,12 @@ class CoreRuntime(Waiting):
             template.num_returns,
             code=code,
             spec=LeaseSpec(
-                self.job_id, template.resources, template.name, strategy=template.strategy, env_vars=template.env_vars
+                self.job_id,
+                template.resources,
+                template.name,
+                strategy=template.strategy,
+                env_vars=template.env_vars,
+                retriable=template.max_retries != 0,
             ),
             max_retries=template.max_retries,
             max_calls=template.max_calls or (1 if template.resources.get("GPU") else 0),
@@ -357,6 +362,9 @@ class CoreRuntime(Waiting):
         )
         if exit.cause:
             text += f": {exit.cause}"
+        if exit.out_of_memory:
+            self.fail_with(run, exceptions.OutOfMemoryError(text))
+            return
         code = None if exit.signal or not exit.code else exit.code
         self.fail_with(run, exceptions.WorkerCrashedError(text, code, exit.signal or None, exit.tail))
 
@@ -390,6 +398,8 @@ class CoreRuntime(Waiting):
             return f"{len(missing)} of its arguments are not ready, the first of which is {inner}"
         if run.client is not None:
             return str(run.client.why(run))
+        if run.stage == "paused":
+            return "it was ended because memory was short, and is tried again in a while"
         if run.stage in ("sent", *CANCELLED_STAGES):
             return "it is running"
         reason = self.tasks.class_of(run).reason

@@ -35,7 +35,7 @@ from shoal.node.messages import (
 from shoal.rpc.frames import make_decoder
 from shoal.rpc.reactor import Channel, Timer
 from shoal.runtime.link import WorkerLink
-from shoal.runtime.retrying import use_retry
+from shoal.runtime.retrying import pause, use_retry
 from shoal.runtime.task_run import CANCELLED_STAGES, TaskRun
 from shoal.scheduling.views import WaitReason
 
@@ -364,7 +364,10 @@ class SchedulingClass:
             pass
         elif runs and (len(runs) == 1 or runs[0].suspect or runs[0].bound.max_retries == 0):
             first = runs[0]
-            if first.retries == 0:
+            if exit.out_of_memory and first.bound.max_retries != 0:
+                pause(self.tasks.runtime, first, exit.cause)
+                del runs[0]
+            elif first.retries == 0:
                 self.tasks.runtime.fail_crashed(first, exit, lease.link.address)
                 del runs[0]
             else:

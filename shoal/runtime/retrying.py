@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 ALL: Final = ("*",)
 MAX_REASON_CHARS: Final = 200
+MAX_PAUSE_S: Final = 60.0
 MAX_NESTING: Final = 16
 TOLD_EACH: Final = 10
 """So many retries of one function are logged one by one; then only each that doubles their number."""
@@ -63,6 +64,31 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__qualname__}: {line}" if line else type(error).__qualname__
 
 
+def pause(runtime: CoreRuntime, run: TaskRun, cause: str) -> None:
+    """The call's worker was ended because its node had too little memory: run it again, each time after a longer while.
+
+    That costs no retry: it was not its fault alone, and others may need less by then. On the owner's reactor's thread.
+    """
+    pause_s = min(MAX_PAUSE_S, 2.0**run.pauses)
+    run.pauses += 1
+    run.stage = "paused"
+    runtime.canceller.blocked.add(run)
+    _tell(runtime, f"{run.bound.name} is tried again in {pause_s:.0f} s because its worker ended: {cause}")
+
+    def resume() -> None:
+        if run.stage == "paused":
+            runtime.canceller.blocked.discard(run)
+            runtime.tasks.submit(run)
+
+    runtime.reactor.call_later(pause_s, resume)
+
+
+def _tell(runtime: CoreRuntime, text: str) -> None:
+    logger.warning("%s", text)
+    if not runtime.is_driver and sys.stderr is not None:
+        print(text, file=sys.stderr)  # comes out at the driver
+
+
 def use_retry(runtime: CoreRuntime, run: TaskRun, reason: str) -> None:
     """The call runs again because of `reason`: count it, and tell the user. On the owner's reactor's thread."""
     if run.retries > 0:
@@ -73,7 +99,4 @@ def use_retry(runtime: CoreRuntime, run: TaskRun, reason: str) -> None:
         return
     left = "without limit" if run.retries < 0 else f"{run.retries} more after this"
     count = f", number {bound.retried} of this function," if bound.retried > TOLD_EACH else ""
-    text = f"{bound.name} is tried again ({left}){count} because {reason}"
-    logger.warning("%s", text)
-    if not runtime.is_driver and sys.stderr is not None:
-        print(text, file=sys.stderr)  # comes out at the driver
+    _tell(runtime, f"{bound.name} is tried again ({left}){count} because {reason}")

@@ -131,7 +131,9 @@ class TaskRun:
         keep: what must live until the call has ended: refs inside arguments, the actor's client.
         missing: dependencies that are not ready yet.
         suspect: it may have been what ended a worker, so it is sent alone from now on.
-        stage: "arguments" -> "queued" -> "sent" -> "done"; after "sent" also "cancelling" and "killing".
+        stage: "arguments" -> "queued" -> "sent" -> "done"; after "sent" also "cancelling" and "killing", and "paused"
+            before "queued".
+        pauses: how often its worker was ended for lack of memory.
         parent: `Call.started` of the call that submitted it; 0.0 when none did.
     """
 
@@ -148,6 +150,7 @@ class TaskRun:
         "nesting",
         "packed",
         "parent",
+        "pauses",
         "refs",
         "retries",
         "stage",
@@ -168,6 +171,7 @@ class TaskRun:
         self.client: Any = None  # of the actor, for a method call
         self.missing = 0
         self.retries = bound.max_retries
+        self.pauses = 0
         self.stage = "queued"
         self.suspect = False
         self.parent = 0.0
