@@ -34,7 +34,7 @@ from shoal.api.options import (
 )
 from shoal.api.remote_call import RemoteCall
 from shoal.api.signatures import ANYTHING, ASYNC_GENERATOR, COROUTINE, Shape, code_flags, shape_of
-from shoal.api.words import did_you_mean
+from shoal.api.words import did_you_mean, no_graphs
 from shoal.runtime import slot
 from shoal.runtime.interface import ActorClient, ActorRules, ActorTemplate, MethodTemplate, StreamOptions
 from shoal.runtime.retrying import names_of
@@ -265,6 +265,13 @@ class ActorMethod(RemoteCall[P, R_co]):
         name = self._template.name
         raise TypeError(f"a method of an actor cannot be called directly: write {name}.remote(...), not {name}(...)")
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            if name == "bind":
+                raise no_graphs(self._template.label)
+            raise AttributeError(f"a method of an actor has .remote() and .options(), no {name!r}")
+
     def __repr__(self) -> str:
         return f"ActorMethod({self._template.label})"
 
@@ -383,6 +390,10 @@ class ActorHandle(Generic[T_co]):
         return _borrow, (*self._shoal_client.location(), self._shoal_class.packed)
 
 
+ActorProxy = ActorHandle
+"""Ray's name for a handle whose methods a type checker knows, which here every handle is."""
+
+
 def _borrow(actor_id: bytes, home: bytes, weak: bool, packed: bytes) -> ActorHandle[Any]:
     return ActorHandle(_runtime().borrow_actor(actor_id, home, weak), ClassInfo.unpack(packed))
 
@@ -493,6 +504,8 @@ class ActorClass(Generic[T]):
             return getattr(self, name)
         if name.startswith("__") or "_template" not in self.__dict__:
             raise AttributeError(name)
+        if name == "bind":
+            raise no_graphs(f"actor class {self.__name__}")
         if hasattr(self._class, name):
             raise AttributeError(
                 f"{name!r} of actor class {self.__name__} is reached through a handle: "

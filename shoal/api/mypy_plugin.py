@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from mypy.expandtype import expand_type_by_instance
+from mypy.maptype import map_instance_to_supertype
 from mypy.nodes import (
     ARG_STAR,
     ARG_STAR2,
@@ -79,7 +81,7 @@ def _decorated(context: ClassDefContext) -> bool:
     if handle is None or actor_class is None or function is None:
         return False
     anything = AnyType(TypeOfAny.explicit)
-    start = _constructor(info, handle, function)
+    start = _constructor(Instance(info, list(info.defn.type_vars)), handle, function)
     if start is None:
         start = CallableType([anything, anything], [ARG_STAR, ARG_STAR2], [None, None], handle, function)
     reference = context.api.named_type_or_none(OBJECT_REF, [anything])
@@ -97,13 +99,13 @@ def _decorated(context: ClassDefContext) -> bool:
     return True
 
 
-def _constructor(info: TypeInfo, returns: Type, fallback: Instance) -> CallableType | None:
-    init = info.get("__init__")
+def _constructor(made: Instance, returns: Type, fallback: Instance) -> CallableType | None:
+    init = made.type.get("__init__")
     if init is None or not isinstance(init.node, FuncDef) or not isinstance(init.node.type, CallableType):
         return None
     if init.node.info.fullname == "builtins.object":
         return CallableType([], [], [], returns, fallback)
-    signature = init.node.type
+    signature = expand_type_by_instance(init.node.type, map_instance_to_supertype(made, init.node.info))
     if not signature.arg_types:
         return None
     return signature.copy_modified(
@@ -123,7 +125,7 @@ def _actor_class_remote(context: MethodSigContext) -> FunctionLike:
     made = get_proper_type(owner.args[0])
     if not isinstance(made, Instance):
         return default
-    start = _constructor(made.type, default.ret_type, default.fallback)
+    start = _constructor(made, default.ret_type, default.fallback)
     reference = _reference(context)
     return default if start is None or reference is None else _with_references(start, reference)
 
@@ -162,11 +164,14 @@ def _method(node: object, behind: Instance) -> CallableType | None:
     """The method as its callers see it, or None when it is nothing simple (overloads, other decorators)."""
     static = False
     if isinstance(node, Decorator):
-        static, type_ = node.func.is_static, node.var.type
+        static, type_, definer = node.func.is_static, node.var.type, node.func.info
     elif isinstance(node, (FuncDef, OverloadedFuncDef)):
-        type_ = node.type
+        type_, definer = node.type, node.info
     else:
         return None
+    if type_ is not None and behind.type.has_base(definer.fullname):
+        # A generic base is seen with the types that the class gives to its variables.
+        type_ = expand_type_by_instance(type_, map_instance_to_supertype(behind, definer))
     proper = get_proper_type(type_) if type_ is not None else None
     if (
         isinstance(proper, Instance) and proper.type.fullname == TYPED_METHOD

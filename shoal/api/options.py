@@ -278,7 +278,7 @@ METHOD_OPTIONS: Final[Mapping[str, Check]] = {
     "timeout_s": _seconds,
     "enable_task_events": _flag,
     "concurrency_group": _text,
-    "tensor_transport": _later(None),
+    "tensor_transport": _later(None, "object_store"),
     **_STREAM,
 }
 

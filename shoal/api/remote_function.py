@@ -21,6 +21,7 @@ from shoal.api.options import (
 )
 from shoal.api.remote_call import RemoteCall
 from shoal.api.signatures import ANYTHING, Shape, shape_of
+from shoal.api.words import no_graphs
 from shoal.runtime import slot
 from shoal.runtime.interface import TaskTemplate
 
@@ -114,6 +115,13 @@ class RemoteFunction(RemoteCall[P, R_co]):
             f"a remote function cannot be called directly: instead of {name}(...) write {name}.remote(...), "
             f"or {name}._function(...) to run it here"
         )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            if name == "bind":
+                raise no_graphs(getattr(self, "__name__", "f"))
+            raise AttributeError(f"a remote function has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"RemoteFunction({qualified_name(self._function)})"

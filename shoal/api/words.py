@@ -13,6 +13,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def no_graphs(what: str) -> AttributeError:
+    """For `bind`, which is looked up like any attribute, so that `hasattr` says the truth."""
+    return AttributeError(f"{what}.bind(): graphs of calls (ray.dag) are not supported yet; call .remote(...) directly")
+
+
 def not_supported(what: str, instead: str = "") -> NotImplementedError:
     """The error for something that Ray has and shoal does not have yet."""
     return NotImplementedError(f"{what} is not supported yet" + (f"; {instead}" if instead else ""))

@@ -6,7 +6,23 @@ is free again as soon as the actor is dead or on its way out (its last handle is
 
 from __future__ import annotations
 
+import random
+import uuid
+
 from shoal.objects.ids import ActorId
+
+
+def anonymous_namespace(rng: random.Random) -> str:
+    """That of a driver which named none: nobody else can know it."""
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def is_anonymous(namespace: str) -> bool:
+    """Whether a namespace is one that `anonymous_namespace` made (or looks like it)."""
+    try:
+        return str(uuid.UUID(namespace)) == namespace
+    except ValueError:
+        return False
 
 
 class NameTable:

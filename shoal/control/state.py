@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import random
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +68,7 @@ from shoal.control.messages import (
     WatchActor,
 )
 from shoal.control.metrics import MetricTable
+from shoal.control.names import anonymous_namespace
 from shoal.control.nodes import NodeRecord, NodeTable
 from shoal.control.processes import Origin, ProcessTable
 from shoal.control.settings import ControlSettings
@@ -314,7 +314,7 @@ class ControlState:
     # ------------------------------------------------------------------------------------------ jobs and processes
 
     def _register_job(self, node: NodeRecord, request: RegisterJob) -> None:
-        namespace = str(uuid.UUID(int=self._rng.getrandbits(128), version=4))
+        namespace = anonymous_namespace(self._rng)
         job = self._jobs.add(
             request.job, node.peer, namespace=namespace, node_id=node.node_id, unix_s=self._outbox.unix()
         )

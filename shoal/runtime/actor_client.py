@@ -23,6 +23,7 @@ import msgspec
 from shoal import exceptions
 from shoal.control import messages as control
 from shoal.control.messages import FUNCTIONS, ActorInfo, ActorSpec
+from shoal.control.names import is_anonymous
 from shoal.node.messages import ERROR, INLINE, LOST, ObjectState, WorkerAddress
 from shoal.objects.ids import actor_object_id, function_id, new_actor_id
 from shoal.objects.serialization import deserialize, serialize
@@ -379,6 +380,12 @@ class ActorManager:
         detached = template.detached
         if detached is None:
             detached = runtime.job.default_lifetime == "detached"
+        if detached and template.name and template.namespace is None and is_anonymous(runtime.job.namespace):
+            logger.warning(
+                "the detached actor %r is in the namespace of this program, which has no name: no other program will "
+                "find it there; give namespace=... to init() or to the actor",
+                template.name,
+            )
         concurrency = template.max_concurrency or (ASYNC_CONCURRENCY if template.is_async else 1)
         spec = ActorSpec(
             actor_id, runtime.job_id, runtime.worker_id, runtime.node_id, template.cls.__name__, class_id, b"",

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LABEL_CHARS: Final = 200
 EXIT_CAUSE: Final = "exit_actor() was called"
+TERMINATE_CAUSE: Final = "__ray_terminate__() was called"
 
 
 class ActorInstance:
@@ -89,6 +90,7 @@ class ActorInstance:
     def live(self) -> NoReturn:
         """Construct, run calls until the end, and end the process."""
         self._runner.title.fix(self.spec.class_name)
+        threading.excepthook = _report_unless_leaving
         cause = self._run()
         self.instance = None
         self._runner.forget_methods()
@@ -172,7 +174,7 @@ class ActorInstance:
             case "__ray_call__" | "__shoal_call__":
                 return lambda function, *args, **kwargs: function(self.instance, *args, **kwargs)
             case "__ray_terminate__" | "__shoal_terminate__":
-                return self.leave
+                return lambda: self.leave(TERMINATE_CAUSE)
         if self.instance is None:
             raise ActorExit  # it has left, and this is another thread: its end is the answer
         found: Callable[..., Any] = getattr(self.instance, name)
@@ -187,9 +189,9 @@ class ActorInstance:
     def interrupt(self, call: Call) -> bool:
         return False  # it asks `is_canceled()`, or not
 
-    def leave(self) -> NoReturn:
+    def leave(self, cause: str = EXIT_CAUSE) -> NoReturn:
         """`exit_actor()`, on whatever thread of this process calls it: leaves the method by an exception."""
-        self.leaving = self.leaving or EXIT_CAUSE
+        self.leaving = self.leaving or cause
         self.wake_to_leave()
         raise ActorExit
 
@@ -201,6 +203,12 @@ class ActorInstance:
     def wake_to_leave(self) -> None:
         """`leaving` was set: have the main thread see it. Any thread."""
         raise NotImplementedError
+
+
+def _report_unless_leaving(args: threading.ExceptHookArgs) -> None:
+    """A thread of user code that called `exit_actor()` has nothing to report."""
+    if args.exc_type is not ActorExit:
+        threading.__excepthook__(args)
 
 
 class SequentialActor(ActorInstance):

@@ -22,7 +22,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -48,6 +48,10 @@ if TYPE_CHECKING:
 
 _process_decoder = make_decoder(ToProcess)
 _mail_decoder = msgspec.msgpack.Decoder(control.ProcessReply)
+
+
+LEFT: Final = "shutdown() was called"
+"""Why a runtime is closed that its own program has left."""
 
 
 class Answer:
@@ -186,7 +190,7 @@ class NodeConnection:
 
     def shutdown(self) -> None:
         """Leave the cluster, by a user's thread. Refs of it are of no use afterwards."""
-        self.closed = self.closed or "shutdown() was called"
+        self.closed = self.closed or LEFT
         if self.reactor.thread.is_alive() and not self.reactor.is_here:
             closed = Answer()
             self.reactor.call_soon(self._close, closed)

@@ -9,7 +9,7 @@ import collections
 import itertools
 import logging
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from shoal import exceptions
 from shoal.node.messages import (
@@ -29,6 +29,7 @@ from shoal.objects.serialization import serialize, with_serializers
 from shoal.runtime.actor_client import ActorManager, Client
 from shoal.runtime.arrivals import Arrivals
 from shoal.runtime.cancelling import Canceller
+from shoal.runtime.connection import LEFT
 from shoal.runtime.leases import TaskManager
 from shoal.runtime.link import WorkerLink
 from shoal.runtime.messages import Argument
@@ -182,7 +183,7 @@ class CoreRuntime(Waiting):
     def submit(self, run: TaskRun) -> None:
         """Hand the call to the reactor. If this process is interrupted before the append, nothing has happened."""
         if self.closed:
-            self.check_open()
+            self._refuse(run)
         if self.find_parent is not None:
             run.parent = self.find_parent()
         refs = run.refs
@@ -207,6 +208,12 @@ class CoreRuntime(Waiting):
         stream = Stream(self, counter, options)
         reader = stream.completed if stream.dynamic else self.readers.open(stream)
         return reader, TaskRun(counter, bound, stream, self.nesting)
+
+    def _refuse(self, run: TaskRun) -> NoReturn:
+        if run.client is not None and self.closed == LEFT:
+            text = f"{run.bound.name}.remote(): the handle is of a session that has ended ({LEFT})"
+            raise exceptions.ActorHandleNotFoundError(f"{text}; make the actor, or look it up, in this one")
+        raise exceptions.LocalAgentDiedError(self.closed)
 
     def _make_refs(self, counter: int, count: int) -> list[ObjectRef[Any]] | None:
         if count == 0:

@@ -650,3 +650,23 @@ def test_ctrl_c_ends_a_program_that_does_not_catch_it(scripts: Scripts) -> None:
     assert process.returncode in (-signal.SIGINT, 130)
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert wait_until(lambda: not scripts.processes(), 5)
+
+
+def test_a_handle_of_an_ended_session_says_so(scripts: Scripts) -> None:
+    out, _ = scripts.run(
+        """
+        import shoal
+        @shoal.remote
+        class Counter:
+            def add(self): return 1
+        for _ in range(2):
+            with shoal.init(num_cpus=1):
+                counter = Counter.remote()
+                assert shoal.get(counter.add.remote()) == 1
+            try:
+                counter.add.remote()
+            except shoal.exceptions.ActorHandleNotFoundError as error:
+                print(error)
+        """
+    )
+    assert out.count("Counter.add.remote(): the handle is of a session that has ended") == 2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, assert_type
+from typing import Any, Generic, TypeVar, assert_type
 
 import shoal
 from shoal import ActorClass, ActorHandle, ObjectRef
+from shoal.api.actor import ActorProxy
+
+T = TypeVar("T")
 
 
 @shoal.remote
@@ -87,6 +90,7 @@ assert_type(counter.pair.remote(2), ObjectRef[tuple[int, int]])
 assert_type(counter.static.remote(b"x"), ObjectRef[bytes])
 assert_type(counter.named.remote(2), ObjectRef[str])
 assert_type(counter.add.options(name="n").remote(1), ObjectRef[int])
+assert_type(counter.add.options(concurrency_group="io", max_task_retries=2).remote(1), ObjectRef[int])
 assert_type(counter.untyped.remote(1), ObjectRef[Any])
 counter.__ray_ready__.remote()
 
@@ -113,6 +117,42 @@ def use(handle: ActorHandle[Counter], n: int) -> int:
 
 assert_type(use.remote(counter, 1), ObjectRef[int])
 use.remote(plain, 1)  # type: ignore[arg-type]
+
+# Ray's name for the same, and classes as values.
+proxy: ActorProxy[Counter] = counter
+assert_type(proxy.add.remote(1), ObjectRef[int])
+
+
+def start(cls: ActorClass[Plain]) -> ActorHandle[Plain]:
+    return cls.options(max_pending_calls=10, max_concurrency=2).remote(1)
+
+
+assert_type(start(PlainActor).hello.remote("x"), ObjectRef[str])
+
+
+# Options keep the types: of the class with groups, of inherited and generic methods.
+class Store(Generic[T]):
+    def __init__(self, first: T) -> None:
+        self.item = first
+
+    def swap(self, item: T) -> T:
+        self.item, item = item, self.item
+        return item
+
+
+@shoal.remote(concurrency_groups={"io": 2}, max_restarts=1)
+class Words(Store[str], Base):
+    @shoal.method(concurrency_group="io", max_task_retries=3)
+    def length(self, extra: int = 0) -> int:
+        return len(self.item) + extra
+
+
+words = Words.remote("a")
+assert_type(words.length.remote(1), ObjectRef[int])
+assert_type(words.swap.remote("b"), ObjectRef[str])
+assert_type(words.hello.remote("b"), ObjectRef[str])
+words.swap.remote(1)  # type: ignore[call-overload]
+words.length.remote("no")  # type: ignore[call-overload]
 
 # A handle that was looked up by name has any method.
 assert_type(shoal.get_actor("c").whatever.remote(1), ObjectRef[Any])
