@@ -24,7 +24,7 @@ from shoal.util.completions import Completions, Read
 
 T = TypeVar("T")
 
-CALLS_PER_CPU: Final = 4
+CALLS_PER_CPU: Final = 16
 """How many are handed out for each CPU when `max_workers` is not given: the next one should be there already."""
 _MOST_FUNCTIONS: Final = 64
 

@@ -25,6 +25,7 @@ from shoal.api.calls import put
 from shoal.api.cluster import cluster_resources
 from shoal.api.initialize import connect_if_needed, init, is_initialized
 from shoal.exceptions import TaskError
+from shoal.util.functions import is_importable, pack
 from shoal.util.pool_workers import Batch, Crew, Outcome, PoolWorker
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class Pool:
         """`callback` gets the value, `error_callback` the exception, on a thread of the pool, before `get` returns."""
         crew = self._running()
         result = AsyncResult(self, 1, callback, error_callback, lambda parts: parts[0])
-        crew.submit(Batch(result, 0, "one", func, tuple(args or ()), dict(kwds or {})))
+        crew.submit(Batch(result, 0, "one", pack(func), tuple(args or ()), dict(kwds or {})))
         return result
 
     # ------------------------------------------------------------------------------------------------------ many calls
@@ -152,7 +153,7 @@ class Pool:
         _check_chunksize(chunksize)
         chunks = [items[start : start + chunksize] for start in range(0, len(items), chunksize)]
         result = AsyncResult(self, len(chunks), callback, error_callback, lambda parts: [v for p in parts for v in p])
-        function = _once(func) if len(chunks) > 1 else func
+        function = _once(func, len(chunks))
         crew.submit(*(Batch(result, index, method, function, chunk) for index, chunk in enumerate(chunks)))
         return result
 
@@ -391,15 +392,10 @@ def _feed(crew: Crew, result: IMapIterator, function: Any, items: Iterator[Any],
         crew.end_feeding()
 
 
-def _once(function: Callable[..., Any]) -> Any:
-    """What travels with each batch: a function that pickles by its name, or a reference to one that does not."""
-    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
-    if getattr(function, "__module__", None) != "__main__":
-        for name in getattr(function, "__qualname__", "").split("."):
-            found = getattr(found, name, None)
-        if found is function:
-            return function
-    return put(function)
+def _once(function: Callable[..., Any], times: int = 2) -> Any:
+    """What travels with each of several batches: something small that stands for the function."""
+    packed = pack(function)
+    return put(function) if packed is function and times > 1 and not is_importable(function) else packed
 
 
 def _check_chunksize(chunksize: int) -> None:
