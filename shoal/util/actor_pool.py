@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
@@ -31,11 +30,12 @@ class ActorPool(Generic[A]):
         self._all = set(self._idle)
         self._arrivals = connect_if_needed().arrivals()
         self._running: dict[ObjectRef[Any], ActorHandle[A]] = {}
-        self._waiting: collections.deque[tuple[int, Call, Any]] = collections.deque()
+        self._waiting: collections.deque[tuple[Call, Any]] = collections.deque()
+        self._begun = 0  # so many calls, numbered in the order of submission
+        self._next = 0  # no result before this number is left
         self._results: dict[int, ObjectRef[Any]] = {}  # number of the call -> its result, begun and not taken
         self._number_of: dict[ObjectRef[Any], int] = {}  # the same the other way round
         self._done: collections.deque[ObjectRef[Any]] = collections.deque()  # ended; some may be taken already
-        self._numbers = itertools.count()
 
     def map(self, fn: Call, values: Iterable[Any]) -> Iterator[Any]:
         """Results of `fn(actor, value)`, which returns a reference, for each value, in their order.
@@ -63,7 +63,7 @@ class ActorPool(Generic[A]):
 
     def submit(self, fn: Call, value: Any) -> None:
         """Call `fn(actor, value)` with a free actor, now or as soon as there is one."""
-        self._waiting.append((next(self._numbers), fn, value))
+        self._waiting.append((fn, value))
         self._start_waiting()
 
     def has_next(self) -> bool:
@@ -80,9 +80,7 @@ class ActorPool(Generic[A]):
             StopIteration: there is none. TimeoutError: it is not there yet.
         """
         self._check_next()
-        number = min(self._results, default=-1)
-        if number < 0:
-            number = self._waiting[0][0]
+        number = self._first()
         deadline = None if timeout is None else time.monotonic() + timeout
         while number not in self._results or self._results[number] in self._running:
             if not self._collect(deadline):
@@ -99,7 +97,7 @@ class ActorPool(Generic[A]):
                 if number is not None:
                     return self._take(number)
             if not self._collect(deadline):
-                self._late(min(self._results, default=-1), timeout, ignore_if_timedout)
+                self._late(self._first(), timeout, ignore_if_timedout)
 
     def has_free(self) -> bool:
         """Whether an actor is free and no call waits for one, as far as the results taken so far show."""
@@ -134,7 +132,7 @@ class ActorPool(Generic[A]):
 
     def _start_waiting(self) -> None:
         while self._idle and self._waiting:
-            number, fn, value = self._waiting.popleft()
+            fn, value = self._waiting.popleft()
             actor = self._idle.popleft()
             try:
                 ref = fn(actor, value)
@@ -144,9 +142,16 @@ class ActorPool(Generic[A]):
                 self._idle.append(actor)
                 raise
             self._running[ref] = actor
-            self._results[number] = ref
-            self._number_of[ref] = number
+            self._results[self._begun] = ref
+            self._number_of[ref] = self._begun
+            self._begun += 1
             self._arrivals.add([ref])
+
+    def _first(self) -> int:
+        """Number of the first result that was not taken; its call may have to wait for an actor yet."""
+        while self._next < self._begun and self._next not in self._results:
+            self._next += 1
+        return self._next
 
     def _collect(self, deadline: float | None) -> bool:
         """Wait until a call has ended; its actor gets the next one. False after the deadline."""

@@ -6,6 +6,7 @@ take them back. So, as with the standard library's executors, a future that is `
 
 from __future__ import annotations
 
+import atexit
 import collections
 import threading
 import weakref
@@ -16,10 +17,12 @@ from itertools import chain, islice
 from types import FunctionType
 from typing import Any, Final, TypeVar
 
+from shoal.api.calls import cancel
 from shoal.api.cluster import cluster_resources
 from shoal.api.initialize import connect_if_needed
 from shoal.api.remote_function import RemoteFunction
 from shoal.api.signatures import ASYNC_GENERATOR, COROUTINE, GENERATOR, code_flags
+from shoal.runtime.object_ref import ObjectRef
 from shoal.util.completions import Completions, Read
 
 T = TypeVar("T")
@@ -50,10 +53,12 @@ class ShoalExecutor(Executor):
             raise TypeError(f"max_workers is a whole number or None, not {max_workers!r}")
         if max_workers is not None and max_workers < 1:
             raise ValueError(f"max_workers is 1 or more, not {max_workers}")
-        connect_if_needed()
+        runtime = connect_if_needed()
         if max_workers is None:
             max_workers = CALLS_PER_CPU * max(1, int(cluster_resources().get("CPU", 1)))
         self._desk = _Desk(max_workers, dict(remote_args or {}))
+        if runtime.context().is_driver:
+            _wait_for_at_exit(self._desk)
         # Without `shutdown`, as with the standard library's: what was submitted still runs, then the thread ends.
         self._finalizer = weakref.finalize(self, self._desk.close)
         self._finalizer.atexit = False
@@ -81,6 +86,11 @@ class ShoalExecutor(Executor):
         chunks = iter(lambda: list(islice(calls, chunksize)), [])
         return chain.from_iterable(super().map(partial(_call_each, fn), chunks, timeout=timeout, **options))
 
+    def terminate_workers(self) -> None:
+        """As `shutdown`, and calls that run are interrupted, too: their futures end with TaskCancelledError."""
+        self._desk.close(cancel_futures=True)
+        self._desk.interrupt()
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._desk.close(cancel_futures)
         if wait:
@@ -99,7 +109,8 @@ class _Desk:
         self._changed = threading.Condition(threading.RLock())
         self._waiting: collections.deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
         self._waiting = collections.deque()
-        self._running = 0
+        self._begun = 0  # calls that count against the limit
+        self._running: dict[Future[Any], ObjectRef[Any]] = {}
         self._closed = False
 
     def submit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
@@ -124,11 +135,17 @@ class _Desk:
 
     def wait_idle(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting and not self._running)
+            self._changed.wait_for(lambda: not self._waiting and not self._begun)
+
+    def interrupt(self) -> None:
+        with self._changed:
+            running = list(self._running.values())
+        for ref in running:
+            cancel(ref)
 
     def _end_when_idle(self) -> None:
         with self._changed:
-            if not self._waiting and not self._running:
+            if not self._waiting and not self._begun:
                 self._changed.notify_all()
                 if self._closed:
                     self._completions.finish()
@@ -137,17 +154,18 @@ class _Desk:
         """Hand out what may run now. Futures are settled outside of the lock: that runs callbacks of the user."""
         while True:
             with self._changed:
-                if not self._waiting or self._running >= self._limit:
+                if not self._waiting or self._begun >= self._limit:
                     break
                 future, function, args, kwargs = self._waiting.popleft()
                 if not future.set_running_or_notify_cancel():
                     continue
-                self._running += 1
+                self._begun += 1
             try:
                 ref = self._remote(function)(*args, **kwargs)
             except Exception as exc:  # noqa: BLE001 # wrong arguments, or some that cannot be pickled
                 self._settle(future, exc, None)
             else:
+                self._running[future] = ref
                 self._completions.watch(ref, partial(self._done, future))
         self._end_when_idle()
 
@@ -162,7 +180,8 @@ class _Desk:
 
     def _settle(self, future: Future[Any], error: BaseException | None, value: Any) -> None:
         with self._changed:
-            self._running -= 1
+            self._begun -= 1
+            self._running.pop(future, None)
         if error is not None:
             future.set_exception(error)
         else:
@@ -181,3 +200,21 @@ class _Desk:
             made = self._functions[function] = RemoteFunction(function, self._options)
         remote: Callable[..., Any] = made.remote
         return remote
+
+
+_desks: Final[weakref.WeakSet[_Desk]] = weakref.WeakSet()
+
+
+def _wait_for_at_exit(desk: _Desk) -> None:
+    """A program does not end before its futures, as with the standard library's executors."""
+    if not _desks:
+        # After `init` has registered its own hook, so before that one runs, which disconnects.
+        atexit.unregister(_finish_all)
+        atexit.register(_finish_all)
+    _desks.add(desk)
+
+
+def _finish_all() -> None:
+    for desk in list(_desks):
+        desk.close()
+        desk.wait_idle()

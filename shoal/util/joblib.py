@@ -108,15 +108,16 @@ class ShoalBackend(AutoBatchingMixin, ParallelBackendBase):
         return out.result()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
-        n_jobs = self.parallel.n_jobs if ensure_ready else 1
+        if self._executor is not None:
+            self._executor.terminate_workers()
         self.terminate()
         if ensure_ready:
-            self.configure(n_jobs, self.parallel)
+            self.configure(self.parallel.n_jobs, self.parallel)
 
     def terminate(self) -> None:
         executor, self._executor = self._executor, None
         if executor is not None:
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=False)
         self.reset_batch_stats()
 
 

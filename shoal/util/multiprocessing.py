@@ -210,11 +210,9 @@ class Pool:
         self.terminate()
 
     def __del__(self) -> None:
-        if self._crew is not None and self._is_open:
-            if not sys.is_finalizing():
-                warnings.warn(
-                    f"unclosed running multiprocessing pool {self!r}", ResourceWarning, source=self, stacklevel=2
-                )
+        # At the end of the interpreter its threads may have been stopped wherever they were, also with our lock.
+        if self._crew is not None and self._is_open and not sys.is_finalizing():
+            warnings.warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, source=self, stacklevel=2)
             self._crew.end(RuntimeError("the pool was collected while it was running"), kill=False)
 
     def __reduce__(self) -> NoReturn:

@@ -260,6 +260,11 @@ def test_no_call_waits_behind_a_long_one_while_a_worker_is_free(ours: Pool) -> N
     assert held[5].get() == "go"
 
 
+def test_workers_that_find_no_place_hold_up_nothing() -> None:
+    with Pool(4, remote_args={"num_cpus": 1}) as pool:  # there are two CPUs
+        assert pool.map(square, range(20), chunksize=1) == [i * i for i in range(20)]
+
+
 def test_terminate_fails_what_is_not_done() -> None:
     pool = Pool(1)
     gate = Queue()

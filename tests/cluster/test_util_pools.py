@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 import shoal
-from shoal.exceptions import ActorDiedError
+from shoal.exceptions import ActorDiedError, TaskCancelledError
 from shoal.util import ActorPool, ShoalExecutor, as_completed, map_unordered, wait_for_nodes
 from shoal.util.queue import Empty, Full, Queue
 
@@ -150,6 +152,17 @@ def test_an_actor_pool_with_late_results() -> None:
     assert not pool.has_next()
 
 
+def test_one_late_result_does_not_hold_up_the_others() -> None:
+    gate = Gate.remote()
+    pool = ActorPool([Worker.remote(), Worker.remote()])
+    pool.submit(lambda a, v: a.passed.remote(gate, v), "late")
+    for value in range(50):
+        pool.submit(lambda a, v: a.double.remote(v), value)
+    assert sorted(pool.get_next_unordered() for _ in range(50)) == [2 * i for i in range(50)]
+    shoal.get(gate.let_in.remote())
+    assert pool.get_next() == "late"
+
+
 def test_actors_leave_and_join_a_pool() -> None:
     first, second = Worker.remote(), Worker.remote()
     pool = ActorPool([first])
@@ -233,6 +246,25 @@ def test_a_queue_joins_tasks_threads_and_coroutines() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- executor
 
+PROGRAM = """
+import shoal
+from shoal.util import ShoalExecutor
+from shoal.util.multiprocessing import Pool
+
+def slow_power(x, y):
+    import time
+    time.sleep(0.1)
+    return x ** y
+
+if __name__ == "__main__":
+    shoal.init(num_cpus=1)
+    pool = Pool(1)
+    print("mapped", sum(pool.map(abs, range(1000))))
+    unread = pool.imap(abs, range(100000))
+    future = ShoalExecutor().submit(slow_power, 2, 10)
+    future.add_done_callback(lambda done: print("future", done.result(), flush=True))
+"""
+
 
 def test_an_executor_runs_functions_of_every_kind() -> None:
     factor = 3
@@ -303,6 +335,34 @@ def test_a_callback_of_a_future_may_submit_and_wait() -> None:
 def test_an_executor_that_is_dropped_finishes_what_it_was_given() -> None:
     futures = [ShoalExecutor(1).submit(pow, 2, i) for i in range(3)]
     assert [future.result() for future in futures] == [1, 2, 4]
+
+
+def test_terminated_workers_are_interrupted() -> None:
+    gate = Gate.remote()
+    executor = ShoalExecutor(1)
+    running = executor.submit(lambda: shoal.get(gate.pass_through.remote(1)))
+    waiting = executor.submit(pow, 2, 2)
+    executor.terminate_workers()
+    with pytest.raises(TaskCancelledError):
+        running.result(timeout=30)
+    assert waiting.cancelled()
+
+
+def test_an_event_loop_uses_an_executor() -> None:
+    async def both() -> list[int]:
+        loop = asyncio.get_running_loop()
+        with ShoalExecutor() as executor:
+            return await asyncio.gather(*(loop.run_in_executor(executor, pow, 2, i) for i in range(20)))
+
+    assert asyncio.run(both()) == [2**i for i in range(20)]
+
+
+def test_a_program_ends_after_its_futures_and_with_open_pools(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "mapped 499500\nfuture 1024\n"
 
 
 def test_waiting_for_nodes() -> None:
