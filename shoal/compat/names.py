@@ -56,6 +56,7 @@ VIEWS: Final[Mapping[str, View]] = {
     "ray.data": View(absent=("from_pandas_refs",)),  # imported by Modin's Ray engine
     "ray.exceptions": View("shoal.exceptions"),
     "ray.experimental": View("shoal.experimental", package=True),
+    "ray.experimental.tqdm_ray": View("shoal.util.progress"),
     "ray.remote_function": View("shoal.api.remote_function"),
     "ray.runtime_context": View("shoal.api.context"),
     "ray.types": View("", {"ObjectRef": "shoal.runtime.object_ref:ObjectRef"}),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from shoal import session
-from shoal.control.messages import FlushLogs, JobInfo, Notice
+from shoal.control.messages import FlushLogs, JobInfo, LogLines, Notice
 from shoal.exceptions import ClusterConnectionError, ClusterNotFoundError
 from shoal.node.launch import NodeOptions, RunningNode, StartingNode, spawn_node
 from shoal.node.messages import RegisterDriver, WorkerAddress
@@ -60,6 +60,11 @@ class DriverRuntime(CoreRuntime):
     def link_to(self, address: WorkerAddress) -> WorkerLink:
         self._used_workers = True
         return super().link_to(address)
+
+    def show_progress(self, line: str) -> None:
+        if self.output is None:  # what workers print is not shown, but this is the driver's own
+            self.output = DriverOutput(self.node_ip, OutputSettings.from_environment(os.environ))
+        self.output.show([LogLines(self.job_id, self.worker_id, self.node_ip, 0, "", "err", [line])])
 
     def _flush_logs(self) -> None:
         """Wait until what workers have printed so far is here; nothing to wait for when none ever worked."""

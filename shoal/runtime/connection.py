@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -359,7 +360,13 @@ class NodeConnection:
     def kill_actor(self, actor_id: bytes, *, no_restart: bool) -> None:
         self.ask_control(control.KillActor(actor_id=actor_id, no_restart=no_restart))
 
-    # --------------------------------------------------------------------------------------------------- metrics
+    # ----------------------------------------------------------------------------------------- progress and metrics
+
+    def show_progress(self, line: str) -> None:
+        """Show a state of a progress bar (`progress.BarState.line`) at the driver: here, by printing it."""
+        stream = sys.__stderr__
+        if stream is not None:
+            stream.write(line + "\n")
 
     def report_later(self, delay_s: float, collect: Callable[[], list[control.MetricRow]]) -> None:
         """After a while, and before this process leaves, tell control what `collect()` returns."""

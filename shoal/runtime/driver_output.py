@@ -21,10 +21,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TextIO
 
 from shoal.control.messages import LogLines
+from shoal.runtime.progress import MARK as BAR_MARK
+from shoal.runtime.progress import Bars
+from shoal.runtime.progress import parse as parse_bar
 
 MAX_KINDS: Final = 10_000
 """Kinds of lines that are remembered at once; beyond it the oldest is shown with its count and forgotten."""
@@ -198,6 +202,9 @@ class DriverOutput:
         self._pending_lines = 0
         self._dropped = 0
         self._closing = False
+        self._bars = Bars()
+        self._writing = threading.RLock()  # around all that is written, the bars and `_drawn`
+        self._drawn = 0  # lines of the block that stand on the terminal
         self._thread: threading.Thread | None = None  # started by the first line
 
     def show(self, entries: Sequence[LogLines]) -> None:
@@ -236,16 +243,77 @@ class DriverOutput:
                 closing = self._closing
                 self._pending.clear()
                 self._pending_lines = 0
-            now = self._clock()
-            shown = self._dedup.flush(now)
-            for entry in entries:
-                source = Source(entry.name, entry.pid, entry.node_ip, entry.stream)
-                shown += self._dedup.feed(source, entry.lines, now)
-            if closing:
-                shown += self._dedup.flush(float("inf"))
-            self._write(shown, dropped)
+            with self._writing:
+                self._show_now(entries, dropped, closing)
             if closing:
                 return
+
+    def _show_now(self, entries: Sequence[LogLines], dropped: int, closing: bool) -> None:
+        now = self._clock()
+        shown = self._dedup.flush(now)
+        finished: list[str] = []
+        for entry in entries:
+            source = Source(entry.name, entry.pid, entry.node_ip, entry.stream)
+            lines = entry.lines
+            if any(line.startswith(BAR_MARK) for line in lines):
+                finished += self._take_bars(source, lines, now)
+                lines = [line for line in lines if not line.startswith(BAR_MARK)]
+            shown += self._dedup.feed(source, lines, now)
+        if closing:
+            shown += self._dedup.flush(float("inf"))
+        self._erase_bars()
+        self._write(shown, dropped)
+        self._draw_bars(finished, now)
+
+    # ------------------------------------------------------------------------------------------------ progress bars
+
+    def _take_bars(self, source: Source, lines: Sequence[str], now: float) -> list[str]:
+        """The last lines of those that are done."""
+        prefix = prefix_of(source, self._driver_ip) if source.pid else ""
+        columns = self._terminal()[0]
+        finished = []
+        for line in lines:
+            state = parse_bar(line) if line.startswith(BAR_MARK) else None
+            if state is not None:
+                last = self._bars.update((source.ip, source.pid), prefix, state, now, columns)
+                if last is not None:
+                    finished.append(last)
+        return finished
+
+    def _draw_bars(self, finished: list[str], now: float) -> None:
+        if not finished and not len(self._bars):
+            return
+        columns, rows, is_terminal = self._terminal()
+        lines = finished + (self._bars.block(now, columns, rows) if is_terminal else self._bars.plain(now, columns))
+        if lines and sys.stderr is not None:
+            _write_text(sys.stderr, "".join(f"{line}\n" for line in lines))
+        self._drawn = len(lines) - len(finished) if is_terminal else 0
+
+    def _erase_bars(self) -> None:
+        if self._drawn:
+            _write_text(
+                sys.stderr, f"\x1b[{self._drawn}F\x1b[J"
+            )  # up, to the start of that line, and wipe what is below
+            self._drawn = 0
+
+    def _terminal(self) -> tuple[int, int, bool]:
+        """(columns, rows, whether it is one), of stderr, where bars are drawn."""
+        try:
+            size = os.get_terminal_size(sys.stderr.fileno())
+        except (AttributeError, ValueError, OSError):
+            return 100, 24, False
+        columns, rows = size.columns or 80, size.lines or 24  # some pretend to have none
+        return max(columns - 1, 20), rows, os.environ.get("TERM") != "dumb"
+
+    @contextmanager
+    def without_bars(self) -> Iterator[None]:
+        """For the time of a `with` statement the terminal is the caller's."""
+        with self._writing:
+            self._erase_bars()
+            try:
+                yield
+            finally:
+                self._draw_bars([], self._clock())
 
     def _write(self, shown: Sequence[Shown], dropped: int) -> None:
         # One write per stream and batch: lines stay whole beside what the user's own threads print.

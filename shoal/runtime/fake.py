@@ -173,6 +173,7 @@ class FakeRuntime:
         self.cancelled: list[tuple[ObjectRef[Any], bool, bool]] = []
         self.pending: set[bytes] = set()  # ids that `wait` and `get` take for not ready
         self.metrics = MetricTable(100)
+        self.progress: list[str] = []
         self.collect: Callable[[], list[MetricRow]] = list
         self.keys: dict[tuple[str, bytes], bytes] = {}
         self.is_shut_down = False
@@ -328,6 +329,9 @@ class FakeRuntime:
 
     def context(self) -> ContextData:
         return self.where
+
+    def show_progress(self, line: str) -> None:
+        self.progress.append(line)
 
     def report_later(self, delay_s: float, collect: Callable[[], list[MetricRow]]) -> None:
         self.collect = collect

@@ -292,6 +292,9 @@ class Runtime(Protocol):
     def kv_get(self, space: str, key: bytes) -> bytes | None: ...
     def kv_delete(self, space: str, key: bytes, *, by_prefix: bool) -> int: ...
     def kv_list(self, space: str, prefix: bytes) -> list[bytes]: ...
+    def show_progress(self, line: str) -> None:
+        """Show a state of a progress bar (`progress.BarState.line`) at the driver."""
+
     def report_later(self, delay_s: float, collect: Callable[[], list[MetricRow]]) -> None:
         """After a while, and before this process leaves, tell control what `collect()` returns; it runs on a thread of
         the runtime's and must be short."""

@@ -188,3 +188,27 @@ def test_the_command_runs_it_too(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=50, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (3, "ray ['--help', '-v']\n", "")
+
+
+def test_progress_bars_of_tasks_show_at_the_driver(tmp_path: Path) -> None:
+    script = write(
+        tmp_path / "s.py",
+        """
+        import ray
+        from ray.experimental.tqdm_ray import tqdm
+
+        @ray.remote
+        def work(name):
+            for _ in tqdm(range(3), desc=name):
+                print("in", name)
+
+        ray.init(num_cpus=2)
+        ray.get([work.remote("one"), work.remote("two")])
+        """,
+    )
+    done = run(tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    bars = sorted(line.partition(") ")[2][:10] for line in done.stderr.splitlines())
+    assert bars == ["one: 100%|", "two: 100%|"]
+    assert "in one" in done.stdout
+    assert "\x1e" not in done.stdout + done.stderr
