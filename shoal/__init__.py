@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shoal.api import actor
     from shoal.api.actor import ActorClass, ActorHandle, method, typed
     from shoal.api.calls import cancel, get, get_actor, kill, put, wait
-    from shoal.api.cluster import available_resources, cluster_resources, nodes
+    from shoal.api.cluster import available_resources, cluster_resources, nodes, timeline
     from shoal.api.context import get_gpu_ids, get_runtime_context
     from shoal.api.decorator import remote
     from shoal.api.initialize import init, is_initialized, shutdown
@@ -56,6 +56,7 @@ __all__ = [
     "put",
     "remote",
     "shutdown",
+    "timeline",
     "typed",
     "util",
     "wait",
@@ -84,6 +85,7 @@ _HOMES = {
     "put": "api.calls",
     "remote": "api.decorator",
     "shutdown": "api.initialize",
+    "timeline": "api.cluster",
     "typed": "api.actor",
     "util": "util:",
     "wait": "api.calls",

@@ -41,6 +41,8 @@ from shoal.node.messages import (
     ControlMail,
     EndProcess,
     FromProcess,
+    GetTaskEvents,
+    HandOverEvents,
     JoinNode,
     LeaseDemand,
     Leaving,
@@ -54,6 +56,7 @@ from shoal.node.messages import (
     ReturnLease,
     RunsLong,
     Seal,
+    TaskEvents,
     Unblocked,
     Unpin,
     Unuse,
@@ -66,6 +69,7 @@ from shoal.node.object_manager import ObjectManager
 from shoal.node.peers import Peers
 from shoal.node.settings import AgentSettings
 from shoal.node.spill_files import SpillFiles, open_folder
+from shoal.node.task_events import EventCollector
 from shoal.node.transfer import Puller, TransferServer
 from shoal.node.workers import CLOSED, Worker, WorkerPool
 from shoal.objects.arena import Arena, Warmer
@@ -135,6 +139,9 @@ class Agent:
             self._alive.__contains__, lambda actor_id: self.tell_control(control.ActorOutOfScope(actor_id)),
             SpillFiles([open_folder(where) for where in settings.spill], settings.node_id.hex()[:12]),
         )  # fmt: skip
+        self.events = EventCollector(
+            settings.node_id, self.pool.workers, lambda: [view.node_id for view in self.cluster.views], peers
+        )
         self._transfers = TransferServer(self.objects.pin_for_transfer, self.objects.unpin_from_transfer)
         self._arena = arena
         self._warmer = Warmer(settings.store_bytes)
@@ -293,6 +300,11 @@ class Agent:
         if isinstance(message, CancelCall):
             self._pass_on(message)
             return
+        if isinstance(message, GetTaskEvents):
+            self.spawn(self.events.answer(connection, message), "collect-task-events")
+            return
+        if isinstance(message, TaskEvents):
+            return  # too late
         self.objects.from_agent(node_id, connection, message)
         self.report_soon()  # it may have changed what the store holds
 
@@ -461,9 +473,13 @@ class Agent:
                     process.worker.retired = not process.worker.actor_id
             case CancelCall():
                 self._pass_on(message)
+            case GetTaskEvents():
+                self.spawn(self.events.answer(process.connection, message), "collect-task-events")
+            case HandOverEvents():
+                self.events.keep(message.events)
             case WorkerBusy():
                 logger.info("worker=%s task=%s: %s", who.hex()[:12], message.task, message.reason)
-            case Done() | Failed():
+            case Done() | Failed() | TaskEvents():
                 pass  # an answer to a request that was given up
             case _:
                 logger.warning("unexpected message of a process: %s", type(message).__name__)

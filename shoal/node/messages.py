@@ -239,6 +239,27 @@ class RunsLong(Message, frozen=True, tag=229):
     (`resources.is_light`): more of those are run at a time when they are not short."""
 
 
+class TaskEvents(Reply, frozen=True, tag=226):
+    """What workers remember of the calls that they ran: one encoded `WorkerEvents` each, read by the driver only.
+    `silent`: who did not answer in time, or whose events were too many, in words."""
+
+    workers: list[bytes] = []
+    silent: list[str] = []
+
+
+class GetTaskEvents(Request, frozen=True, tag=225):
+    """To an agent, by a driver or another agent, and by it to its workers. Answered by `TaskEvents`. `everywhere`: of
+    all nodes."""
+
+    everywhere: bool = False
+
+
+class HandOverEvents(Message, frozen=True, tag=227):
+    """The last words of a worker: what `TaskEvents` would have had of it."""
+
+    events: bytes
+
+
 # ------------------------------------------------------------------------------------------ agent -> process, tags 240+
 
 
@@ -403,14 +424,14 @@ class ChunkHeader(Message, frozen=True, tag=281):
 FromProcess = (
     Done | Failed | RegisterDriver | WorkerReady | OwnerHello | LeaseDemand | ReturnLease | Blocked | Unblocked
     | Allocate | Release | Seal | Resolve | CancelResolve | Unpin | Publish | Use | Unuse | ControlMail | ActorReady
-    | Leaving | WorkerBusy | CancelCall | RunsLong
+    | Leaving | WorkerBusy | CancelCall | RunsLong | GetTaskEvents | TaskEvents | HandOverEvents
 )  # fmt: skip
 ToProcess = (
     Done | Failed | JoinNode | ProcessRegistered | LeaseGranted | LeaseRedirected | LeaseWaiting | ReclaimLeases
     | LeaseLost | Allocated | Resolved | AssignJob | BeginActor | EndActor | MailFromControl | EndProcess
-    | CancelCall
+    | CancelCall | GetTaskEvents | TaskEvents
 )  # fmt: skip
 BetweenAgents = (
     Done | Failed | AgentHello | HolderChanged | CopyMade | CopyGone | DeleteCopy | AskState | StateReply
-    | CancelCall
+    | CancelCall | GetTaskEvents | TaskEvents
 )  # fmt: skip

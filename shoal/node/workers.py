@@ -20,7 +20,7 @@ from typing import Final
 
 from shoal.control.messages import JobInfo
 from shoal.node.logs import WorkerLogs
-from shoal.node.messages import AssignJob, WorkerExit
+from shoal.node.messages import AssignJob, EndProcess, WorkerExit
 from shoal.node.processes import kill_group
 from shoal.node.zygote import Exited, Forked, encode_order, reports_decoder
 from shoal.objects.ids import new_worker_id
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 SPARE_S: Final = 5.0
 MAX_PRESTARTED: Final = 16
+LEAVE_S: Final = 5.0
+IDLE: Final = "it was idle"
 CLOSED: Final = "it closed its connection"
 """Why a worker is ended whose connection closed, usually because it is ending already."""
 
@@ -227,13 +229,18 @@ class WorkerPool:
             kill_group(worker.pid)
 
     def trim(self) -> None:
-        """End workers that have been idle for a while beyond the number that is kept."""
+        """Ask workers to leave that have been idle for a while beyond the number that is kept."""
         now = self._loop.time()
+        for worker in self.workers():
+            if worker.ending == IDLE and now - worker.idle_since > LEAVE_S:
+                self.end(worker, IDLE, intended=True)
         idle = sorted((w for w in self._workers.values() if w.is_idle), key=lambda w: w.idle_since)
         for worker in idle[: max(0, len(idle) - self._keep_idle)]:
             if now - worker.idle_since > SPARE_S:
-                worker.retired = True
-                self.end(worker, "it was idle", intended=True)
+                worker.retired = worker.intended = True
+                worker.ending, worker.idle_since = IDLE, now
+                assert worker.connection is not None
+                worker.connection.send(EndProcess(IDLE))  # it says what it ran (see `task_events`), and goes
 
     def _hear_zygote(self) -> None:
         while True:

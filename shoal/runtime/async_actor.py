@@ -131,12 +131,14 @@ class AsyncActor(ActorInstance):
         call.started = time.perf_counter()
         self._running[call] = asyncio.current_task()  # type: ignore[assignment]
         timed = call.target.template.timeout_s
+        called = returned = 0.0
         reply: Finished | Ended | None
         try:
             reply = None if call.problem is None and not call.caller.dropped else runner.refused(call)
             if reply is None:
                 function = call.target.function or runner.load(call.target)
                 args, kwargs = call.arguments()
+                called = time.perf_counter()
                 if timed:
                     runner.endings.begin(call)
                 value = function(*args, **kwargs)
@@ -144,10 +146,14 @@ class AsyncActor(ActorInstance):
                     value = await value
                 if call.target.template.num_returns == STREAMED:
                     value = await produce_on_loop(call, value)
+                returned = time.perf_counter()
                 reply = runner.reply(call, value) if not timed else runner.reply_in_time(call, value)
                 del args, kwargs, value
         except BaseException as exc:  # noqa: BLE001 - the boundary of user code
             reply = runner.raised(call, exc) if not self.leaving else None
+        if runner.events is not None:
+            times = (call.started, called, returned, time.perf_counter())
+            runner.events.record((call.target, call.caller.prefix, call.message.counter, call.fetched, *times))
         call.values = []
         del self._running[call]
         if reply is None:

@@ -6,6 +6,7 @@ Values only: `executor` receives calls, `execution` runs them, and an actor (`ac
 from __future__ import annotations
 
 import collections
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -90,15 +91,17 @@ class Arrival:
         values: flat bytes of `message.arguments`; None while they are fetched.
         missing: how many are fetched.
         problem: one of them failed or is lost: so does the call.
+        fetched: when the fetching of arguments began and ended, on the performance counter; None without any.
     """
 
-    __slots__ = ("message", "missing", "problem", "values")
+    __slots__ = ("fetched", "message", "missing", "problem", "values")
 
     def __init__(self, message: Run) -> None:
         self.message = message
         self.values: list[Any] = []
         self.missing = 0
         self.problem: ObjectState | None = None
+        self.fetched: tuple[float, float] | None = None
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Unpickle them. What is not copied (arrays) pins its object until it is dropped."""
@@ -127,6 +130,8 @@ class Arrival:
                 continue
             self.values.append(None)
             self.missing += 1
+            if self.fetched is None:
+                self.fetched = (time.perf_counter(), 0.0)
             self._fetch_one(runtime, index, argument, complete)
 
     def _fetch_one(self, runtime: CoreRuntime, index: int, argument: Argument, complete: Callable[[], None]) -> None:
@@ -143,6 +148,8 @@ class Arrival:
                 self.problem = reply.state
             self.missing -= 1
             if self.missing == 0:
+                if self.fetched is not None:
+                    self.fetched = (self.fetched[0], time.perf_counter())
                 complete()
 
         runtime.fetch(ref, answered)

@@ -33,6 +33,7 @@ from shoal.node.messages import (
     CancelCall,
     ControlMail,
     EndProcess,
+    GetTaskEvents,
     JoinNode,
     MailFromControl,
     ProcessRegistered,
@@ -46,6 +47,9 @@ from shoal.rpc.reactor import Channel, Reactor
 
 if TYPE_CHECKING:
     from shoal.runtime.interface import ContextData
+
+EVENTS_S: Final = 60.0
+"""How long all nodes together may take to say what ran there; each is given up on sooner."""
 
 _process_decoder = make_decoder(ToProcess)
 _mail_decoder = msgspec.msgpack.Decoder(control.ProcessReply)
@@ -85,6 +89,7 @@ class NodeConnection:
         on_agent_message: what the worker's executor wants to hear of the agent; False for what it does not know.
         on_lease_message: what the agent says about leases.
         on_cancel_call: somebody else does not want a call of this process any more.
+        pack_events: what this process ran, for its agent when it leaves (see `task_events`).
         on_lost: the agent is gone (not called when this process leaves by itself).
     """
 
@@ -111,6 +116,7 @@ class NodeConnection:
         self.on_logs: Callable[[list[control.LogLines]], None] = lambda _: None
         self.on_lost: Callable[[], None] = lambda: None
         self.describe_context: Callable[[], ContextData] | None = None
+        self.pack_events: Callable[[], bytes] = lambda: b""
 
         self.agent = Channel(self.reactor, _process_decoder, self._from_agent, self._lost_agent)
         self._lost: Exception | None = None
@@ -339,6 +345,13 @@ class NodeConnection:
     def status(self) -> control.StatusReply:
         answer: control.StatusReply = self.ask_control(control.GetStatus())
         return answer
+
+    def task_events(self) -> tuple[list[bytes], list[str]]:
+        """(what each worker of the cluster remembers of its calls, who is missing in that)."""
+        answer = self.ask_agent(GetTaskEvents(everywhere=True), EVENTS_S)
+        if isinstance(answer, Failed):
+            raise exceptions.ShoalSystemError(f"cannot collect the events of tasks: {answer.text}")
+        return answer.workers, answer.silent
 
     def context(self) -> ContextData:
         assert self.describe_context is not None

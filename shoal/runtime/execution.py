@@ -35,6 +35,7 @@ from shoal.runtime.endings import Endings, dropped_state
 from shoal.runtime.messages import STREAMED, Ended, Finished, Pace
 from shoal.runtime.process_title import ProcessTitle
 from shoal.runtime.retrying import covers, describe
+from shoal.runtime.task_events import TaskEvents
 from shoal.runtime.yielding import produce
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class CallRunner:
         queue: calls that wait for a thread; None wakes one up for another reason: the worker becomes an actor, or ends.
         actor: set once, on the reactor's thread, before the first call of the actor arrives.
         running: the call that the main thread runs, for others to look at.
+        events: what ran here; None when nobody is to remember it.
     """
 
     def __init__(self, runtime: CoreRuntime) -> None:
@@ -82,6 +84,7 @@ class CallRunner:
         self.queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self.actor: Actor | None = None
         self.running: Call | None = None
+        self.events: TaskEvents | None = None
         self.title = ProcessTitle(runtime.reactor, self._running_target)
         self.calls: dict[int, Call] = {}  # that run now, by thread
         self.endings = Endings(runtime, self.running_calls)
@@ -120,6 +123,7 @@ class CallRunner:
         self.runtime.nesting = target.nesting
         timed = target.template.timeout_s
         interrupts = self.endings.interrupts
+        called = returned = 0.0
         reply: Finished | Ended | None
         try:
             reply = None if call.problem is None and not caller.dropped else self.refused(call)
@@ -131,15 +135,22 @@ class CallRunner:
                 args, kwargs = call.arguments()
                 if timed:
                     self.endings.begin(call)
+                called = time.perf_counter()
                 value = function(*args, **kwargs)
                 interrupts.user_call = None
+                returned = time.perf_counter()
                 args = kwargs = None  # type: ignore[assignment]  # what they pinned goes before the owner hears of the end
                 reply = self.reply(call, value) if not timed else self.reply_in_time(call, value)
                 value = None
         except BaseException as exc:  # noqa: BLE001 - the boundary of user code
             interrupts.user_call = None  # first, with no call before it: see `interrupts`
             reply = self.raised(call, exc)
-        self._measure(target, caller, time.perf_counter() - begin)
+        ended = time.perf_counter()
+        self._measure(target, caller, ended - begin)
+        if self.events is not None:
+            self.events.record(
+                (target, caller.prefix, call.message.counter, call.fetched, begin, called, returned, ended)
+            )
         call.values = []
         del self.calls[thread]
         if target.template.max_calls:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
-from shoal.node.messages import AssignJob, BeginActor, EndActor, EndProcess, RunsLong
+from shoal.node.messages import AssignJob, BeginActor, EndActor, EndProcess, GetTaskEvents, RunsLong, TaskEvents
 from shoal.objects.ids import make_task_id
 from shoal.rpc.frames import make_decoder
 from shoal.rpc.messages import Done, Hello
@@ -75,6 +75,7 @@ class Executor:
         runtime.on_agent_message = self._from_agent
         runtime.before_blocking = self._hand_back_queue
         runtime.describe_context = self.context
+        runtime.pack_events = self._pack_events
         runtime.find_parent = self.runner.begin_of_caller
 
     def listen(self, socket_path: str) -> None:
@@ -232,6 +233,9 @@ class Executor:
                 self._become(message)
             case EndActor():
                 self._end_actor(message.cause)
+            case GetTaskEvents():
+                events = self._pack_events()
+                self.runtime.agent.reply(message, TaskEvents(workers=[events] if events else []))
             case EndProcess():
                 worker_exit.end_process(self.runtime, 0)
             case _:
@@ -278,6 +282,16 @@ class Executor:
             self._end_cause = cause
         else:
             self._actor.end(cause)
+
+    def _pack_events(self) -> bytes:
+        """What ran here, for `timeline()`; b"" when nothing did."""
+        events, runtime = self.runner.events, self.runtime
+        if events is None:
+            return b""
+        return events.packed(
+            node_id=runtime.node_id, node_ip=runtime.node_ip, worker_id=runtime.worker_id, pid=os.getpid(),
+            label=self.runner.actor.label if self.runner.actor is not None else "", job_id=runtime.job_id,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- who am I
 

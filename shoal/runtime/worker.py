@@ -22,6 +22,7 @@ from shoal.runtime import slot, worker_output
 from shoal.runtime.actor_client import ActorArguments, ActorOptions
 from shoal.runtime.core import CoreRuntime
 from shoal.runtime.executor import Executor
+from shoal.runtime.task_events import TaskEvents
 
 serialization.preload()
 for message in (ActorArguments, ActorOptions):
@@ -40,6 +41,8 @@ def prepare_worker(sockets: str, token: bytes) -> Callable[[bytes, socket.socket
     runtime = CoreRuntime(worker_id=b"", token=token, is_driver=False, name="worker")
     runtime.on_lost = lambda: os._exit(1)
     executor = Executor(runtime)
+    if os.environ.get("SHOAL_ENABLE_TASK_EVENTS", "1").lower() not in ("0", "false"):
+        executor.runner.events = TaskEvents()
     worker_output.install(executor.runner.current_name)
     log_config.name_forks(lambda: f"{runtime.name}-{os.getpid()}")
     sys.argv = ["shoal-worker"]

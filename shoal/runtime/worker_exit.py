@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from shoal.node.messages import Leaving
+from shoal.node.messages import HandOverEvents, Leaving
 from shoal.runtime import worker_output
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def leave(runtime: CoreRuntime, cause: str) -> NoReturn:
 
 def announce(runtime: CoreRuntime, cause: str) -> None:
     """Tell the agent that this process leaves, before anybody else can know. Not on the reactor's thread."""
+    runtime.reactor.call_soon(_hand_over, runtime)  # first: from then on nobody may wait for this process to end
     runtime.reactor.call_soon(runtime.agent.send, Leaving(cause))
     _flush(runtime)
 
@@ -34,11 +35,15 @@ def announce(runtime: CoreRuntime, cause: str) -> None:
 def end_process(runtime: CoreRuntime, code: int) -> NoReturn:
     """End this process with an exit status. Exit handlers run unless this is the reactor's thread."""
     worker_output.flush()
-    if not runtime.reactor.is_here:
+    if runtime.reactor.is_here:
+        _hand_over(runtime)
+        runtime.agent.flush()
+    else:
         atexit._run_exitfuncs()
     runtime.report_now()
     if not runtime.reactor.is_here:
         worker_output.flush()
+        runtime.reactor.call_soon(_hand_over, runtime)
         _flush(runtime)
     os._exit(code & 0xFF)
 
@@ -57,6 +62,14 @@ def status_of(exc: SystemExit) -> int:
         return exc.code or 0
     print(exc.code, file=sys.stderr)
     return 1
+
+
+def _hand_over(runtime: CoreRuntime) -> None:
+    """Say what ran here; once."""
+    events = runtime.pack_events()
+    runtime.pack_events = lambda: b""
+    if events:
+        runtime.agent.send(HandOverEvents(events))
 
 
 def _flush(runtime: CoreRuntime) -> None:
