@@ -242,6 +242,7 @@ SIGNATURES = {
     "put": "(value: 'T') -> 'ObjectRef[T]'",
     "remote": "(*targets: 'Any', **options: 'Any') -> 'Any'",
     "shutdown": "(*, wait_for_processes: 'bool' = False) -> 'None'",
+    "timeline": "(filename: 'str | os.PathLike[str] | None' = None) -> 'list[dict[str, Any]] | None'",
     "typed": "(handle: 'ActorHandle[T]') -> 'T'",
     "wait": "(refs: 'list[W]', *, num_returns: 'int' = 1, timeout: 'float | None' = None, "
     "fetch_local: 'bool' = True) -> 'tuple[list[W], list[W]]'",
