@@ -20,6 +20,7 @@ import msgspec
 
 from shoal import exceptions
 from shoal.node.messages import (
+    STORED,
     LeaseDemand,
     LeaseGranted,
     LeaseLost,
@@ -35,8 +36,10 @@ from shoal.node.messages import (
 from shoal.rpc.frames import make_decoder
 from shoal.rpc.reactor import Channel, Timer
 from shoal.runtime.link import WorkerLink
+from shoal.runtime.nesting import Nesting
 from shoal.runtime.retrying import pause, use_retry
-from shoal.runtime.task_run import CANCELLED_STAGES, TaskRun
+from shoal.runtime.task_run import CANCELLED_STAGES, Bound, TaskRun
+from shoal.scheduling.locality import best_place, near
 from shoal.scheduling.views import WaitReason
 
 if TYPE_CHECKING:
@@ -404,17 +407,28 @@ class TaskManager:
         self.class_of(run).add(run)
 
     def class_of(self, run: TaskRun) -> SchedulingClass:
-        cls = run.bound.classes.get(run.nesting)
+        bound = run.bound
+        place = self._best_place(run) if run.arguments else None
+        key: Any = run.nesting if place is None else (run.nesting, place)
+        cls: SchedulingClass | None = bound.classes.get(key)
         if cls is None:
-            cls = run.bound.classes[run.nesting] = self._find_class(run)
-        found: SchedulingClass = cls
-        return found
+            cls = bound.classes[key] = self._find_class(bound, run.nesting, place)
+        return cls
 
-    def _find_class(self, run: TaskRun) -> SchedulingClass:
-        spec = run.bound.spec
+    def _best_place(self, run: TaskRun) -> bytes | None:
+        """Another node, to which the call should go because its arguments are there."""
+        assert run.bound.spec is not None
+        if run.bound.spec.strategy.kind != "default":
+            return None
+        states = [argument.state for argument in run.arguments or () if argument.state.state == STORED]
+        return best_place([(state.size, state.nodes) for state in states], self.runtime.node_id) if states else None
+
+    def _find_class(self, bound: Bound, nesting: Nesting, place: bytes | None) -> SchedulingClass:
+        spec = bound.spec
         assert spec is not None
-        nesting = run.nesting
-        spec = msgspec.structs.replace(spec, depth=nesting.depth, priority=nesting.settle(run.bound.priority))
+        spec = msgspec.structs.replace(spec, depth=nesting.depth, priority=nesting.settle(bound.priority))
+        if place is not None:
+            spec = msgspec.structs.replace(spec, strategy=near(spec.strategy, place))
         key = msgspec.msgpack.encode(msgspec.structs.replace(spec, name=""), order="sorted")
         cls = self._classes.get(key)
         if cls is None:

@@ -100,7 +100,7 @@ class Bound:
         self.retried = 0
         self.stream = stream
         self.pace_s: float | None = None
-        self.classes: dict[Nesting, Any] = {}  # -> scheduling class
+        self.classes: dict[Any, Any] = {}  # by nesting, or nesting and node: scheduling classes
 
     def template(self, template_id: int, nesting: Nesting) -> Template:
         resources = self.spec.resources if self.spec is not None else {}

@@ -220,6 +220,39 @@ def test_the_flood_of_one_driver_does_not_starve_another(trio: Trio) -> None:
         shoal.cancel(ref)
 
 
+# ---------------------------------------------------------------------------------------------------------- locality
+
+
+@shoal.remote(num_cpus=0)
+def make(size: int) -> bytes:
+    return bytes(size)
+
+
+@shoal.remote
+def where_is(*values: bytes) -> str:
+    return str(shoal.get_runtime_context().get_node_id())
+
+
+@pytest.mark.timeout(30)
+def test_tasks_go_to_their_large_arguments(trio: Trio) -> None:
+    at_left = [make.options(label_selector={"zone": "b"}).remote(3 << 20) for _ in range(2)]
+    at_right = make.options(label_selector={"zone": "c"}).remote(4 << 20)
+    shoal.wait([*at_left, at_right], num_returns=3, timeout=20, fetch_local=False)
+    for args, node in (([*at_left, at_right], trio.left), ([at_right, at_left[0], b"x"], trio.right)):
+        while shoal.get(where_is.remote(*args), timeout=20) != node.node_id:
+            pass  # leases of tests before this one may still hold the node's CPUs
+    hard = NodeAffinitySchedulingStrategy(trio.right.node_id, soft=False)
+    assert shoal.get(where_is.options(scheduling_strategy=hard).remote(*at_left), timeout=20) == trio.right.node_id
+
+
+def test_tasks_do_not_wait_for_the_node_of_their_arguments(trio: Trio) -> None:
+    at_left = make.options(label_selector={"zone": "b"}).remote(3 << 20)
+    holder = Place.options(num_cpus=2, label_selector={"zone": "b"}).remote()
+    assert shoal.get(holder.where.remote(), timeout=20) == trio.left.node_id
+    assert shoal.get(where_is.remote(at_left), timeout=20) != trio.left.node_id
+    shoal.kill(holder)
+
+
 # ------------------------------------------------------------------------------------------------ tasks without CPUs
 
 
