@@ -294,6 +294,49 @@ def test_method_options(runtime: FakeRuntime) -> None:
         shoal.method(num_cpus=1)  # type: ignore[call-overload]
 
 
+def test_the_nearest_option_counts() -> None:
+    """For a call's retries: the call's own, then the method's, then the actor's, then 0. For its group likewise."""
+
+    class Plain:
+        def bare(self) -> None: ...
+
+        @shoal.method(max_task_retries=5, concurrency_group="io")
+        def marked(self) -> None: ...
+
+    def sent(call: Any) -> tuple[int, str, int]:
+        call.remote()
+        last = actor._shoal_client.calls[-1]
+        return last.max_task_retries, last.group, last.group_size
+
+    classes = shoal.remote(concurrency_groups={"io": 2, "disk": 1})(Plain)
+    actor: Any = classes.remote()
+    assert sent(actor.bare) == (0, "", 0)
+    assert sent(actor.marked) == (5, "io", 2)
+    actor = classes.options(max_task_retries=3, max_restarts=1).remote()
+    assert sent(actor.bare) == (3, "", 0)
+    assert sent(actor.marked) == (5, "io", 2)
+    assert sent(actor.marked.options(max_task_retries=0)) == (0, "io", 2)
+    assert sent(actor.bare.options(concurrency_group="disk", max_task_retries=-1)) == (-1, "disk", 1)
+    with pytest.raises(ValueError, match="only in the decorator"):
+        classes.options(concurrency_groups={"io": 3})
+
+
+def test_what_callers_keep_to_travels_with_the_handle(runtime: FakeRuntime) -> None:
+    class Plain:
+        def f(self) -> None: ...
+
+    cls: Any = shoal.remote(max_concurrency=2, concurrency_groups={"io": 2})(Plain)
+    packed = cls.options(max_pending_calls=7)._info.packed
+    info = ClassInfo.unpack(packed)
+    assert info.groups == {"io": 2}
+    assert info.packed == packed
+    assert info.rules is not None
+    assert (info.rules.any_order, info.rules.max_pending_calls) == (True, 7)
+    assert shoal.remote(Plain)._info.rules is None  # nothing to keep to but the order
+    handle = cls.options(max_pending_calls=7).remote()
+    assert runtime.actors[handle._actor_id].rules == info.rules
+
+
 def test_unknown_methods() -> None:
     counter = Counter.remote()
     with pytest.raises(AttributeError, match="Did you mean 'static'"):
