@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from shoal.api.decorator import remote
     from shoal.api.initialize import init, is_initialized, shutdown
     from shoal.runtime.generators import DynamicObjectRefGenerator, ObjectRefGenerator
+    from shoal.runtime.job_logging import LoggingConfig
     from shoal.runtime.object_ref import ObjectRef
 
 __all__ = [
     "ActorClass",
     "ActorHandle",
     "DynamicObjectRefGenerator",
+    "LoggingConfig",
     "ObjectRef",
     "ObjectRefGenerator",
     "__version__",
@@ -66,6 +68,7 @@ _HOMES = {
     "ActorClass": "api.actor",
     "ActorHandle": "api.actor",
     "DynamicObjectRefGenerator": "runtime.generators",
+    "LoggingConfig": "runtime.job_logging",
     "ObjectRef": "runtime.object_ref",
     "ObjectRefGenerator": "runtime.generators",
     "actor": "api.actor:",

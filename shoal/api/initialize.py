@@ -27,6 +27,7 @@ from shoal.version import __version__
 
 if TYPE_CHECKING:
     from shoal.runtime.interface import Runtime
+    from shoal.runtime.job_logging import LoggingConfig
 
 LEAST_STORE_BYTES: Final = 75 * 1024 * 1024
 
@@ -86,13 +87,14 @@ _IGNORED: Final = {
 }  # fmt: skip
 # Options of Ray that would change something: only their defaults pass.
 _LATER: Final[Mapping[str, Any]] = {
-    "job_config": None, "logging_config": None, "enable_resource_isolation": False, "cgroup_path": None,
+    "job_config": None, "enable_resource_isolation": False, "cgroup_path": None,
     "system_reserved_cpu": None, "system_reserved_memory": None, "proxy_server_url": None, "allow_multiple": False,
     "_tracing_startup_hook": None, "_system_config": None,
 }  # fmt: skip
 _KNOWN: Final = (
     "address", "num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "namespace", "runtime_env",
-    "ignore_reinit_error", "log_to_driver", "logging_level", "_node_ip_address", "_node_name", "_memory", "_temp_dir",
+    "ignore_reinit_error", "log_to_driver", "logging_level", "logging_config",
+    "_node_ip_address", "_node_name", "_memory", "_temp_dir",
     "object_spilling_directory",
     *sorted(_IGNORED), *_LATER,
 )  # fmt: skip
@@ -111,6 +113,7 @@ def init(
     ignore_reinit_error: bool = False,
     log_to_driver: bool | None = None,
     logging_level: int | str | None = None,
+    logging_config: LoggingConfig | None = None,
     _node_ip_address: str | None = None,
     _node_name: str | None = None,
     _memory: int | None = None,
@@ -131,6 +134,7 @@ def init(
         ignore_reinit_error: a second `init` returns the first one's result.
         log_to_driver: show what tasks and actors print; None looks at SHOAL_LOG_TO_DRIVER, else True.
         logging_level: of the driver's logger "shoal".
+        logging_config: what the root loggers of the driver and of its workers write.
         object_spilling_directory: where objects go that do not fit into the store of the cluster that is started: a
             folder, a URL that fsspec knows ("s3://bucket/prefix"), or several; None is a folder of its own in /tmp.
     Raises:
@@ -155,6 +159,7 @@ def init(
         namespace=_check_name("namespace", namespace or env.get("SHOAL_NAMESPACE") or None),
         log_to_driver=bool(log_to_driver),
         logging_level=_check_level(logging_level),
+        logging=_check_logging(logging_config),
         env_vars=env_vars,
         node_ip_address=_check_name("_node_ip_address", _node_ip_address),
         node_name=_check_name("_node_name", _node_name),
@@ -365,6 +370,16 @@ def _check_folders(name: str, value: object) -> tuple[str, ...]:
     if not isinstance(places, tuple) or not all(isinstance(place, str) and place for place in places):
         raise TypeError(f"{name} is a folder or URL, or a list of them, not {value!r}")
     return places
+
+
+def _check_logging(config: object) -> str:
+    if config is None:
+        return ""
+    from shoal.runtime import job_logging
+
+    if not isinstance(config, job_logging.LoggingConfig):
+        raise TypeError(f"init(logging_config=...) is a shoal.LoggingConfig, not {config!r}")
+    return job_logging.pack(config)
 
 
 def _check_level(level: int | str | None) -> int | None:

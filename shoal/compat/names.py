@@ -61,6 +61,14 @@ VIEWS: Final[Mapping[str, View]] = {
     "ray.runtime_context": View("shoal.api.context"),
     "ray.types": View("", {"ObjectRef": "shoal.runtime.object_ref:ObjectRef"}),
     "ray.util": View("shoal.util", package=True),
+    "ray.util.dask": View(
+        "shoal.util.dask",
+        {
+            "ray_dask_get": "shoal.util.dask:shoal_dask_get",
+            "enable_dask_on_ray": "shoal.util.dask:enable_dask_on_shoal",
+            "disable_dask_on_ray": "shoal.util.dask:disable_dask_on_shoal",
+        },
+    ),
     "ray.util.joblib": View("shoal.util.joblib", {"register_ray": "shoal.util.joblib:register_shoal"}),
 }
 

@@ -54,6 +54,7 @@ class JobInfo(msgspec.Struct, array_like=True, frozen=True):
     default_lifetime: str = "non_detached"
     log_to_driver: bool = True
     preload: list[str] = []  # modules that its workers import before anything else
+    logging: str = ""  # what their root loggers do, for `runtime/job_logging.py`; "" leaves them alone
 
 
 class ActorSpec(msgspec.Struct, array_like=True, frozen=True):

@@ -11,5 +11,5 @@ It asks: this node's agent (`shoal.node.messages`), control through it (`shoal.c
                      leases, link, actor_client, task_run               which worker gets which call
     worker's side    worker, executor, calls, execution                 calls in, results out
                      actor_host, async_actor, worker_exit
-    a driver's       bootstrap, init_request, driver_output, progress
+    a driver's       bootstrap, init_request, driver_output, progress, job_logging
 """

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from shoal import session
@@ -16,6 +17,7 @@ from shoal.node.launch import NodeOptions, RunningNode, StartingNode, spawn_node
 from shoal.node.messages import RegisterDriver, WorkerAddress
 from shoal.objects.ids import new_worker_id
 from shoal.objects.serialization import deserialize
+from shoal.runtime import job_logging
 from shoal.runtime.connection import Answer
 from shoal.runtime.core import CoreRuntime
 from shoal.runtime.driver_output import DriverOutput, OutputSettings
@@ -39,6 +41,7 @@ class DriverRuntime(CoreRuntime):
         self.node: RunningNode | None = None
         self.lifeline = -1
         self.output: DriverOutput | None = None
+        self.logging: logging.Handler | None = None
         self.control_address = ""
         self.describe_context = self._context
         self._used_workers = False
@@ -82,6 +85,8 @@ class DriverRuntime(CoreRuntime):
 
     def _leave(self) -> None:
         super().shutdown()
+        if self.logging is not None:
+            job_logging.remove(self.logging)
         if self.output is not None:
             self.output.close()
         if self.lifeline >= 0:
@@ -188,10 +193,13 @@ def _start_local(request: InitRequest, made: Callable[[DriverRuntime], object]) 
 
 def _join(runtime: DriverRuntime, request: InitRequest, record: session.NodeRecord) -> DriverRuntime:
     runtime.control_address = record.control_address
+    if request.logging:
+        runtime.logging = job_logging.configure(request.logging, runtime.context)
     if request.log_to_driver:
-        runtime.output = DriverOutput(
-            record.address.rpartition(":")[0].strip("[]"), OutputSettings.from_environment(os.environ)
-        )
+        settings = OutputSettings.from_environment(os.environ)
+        if job_logging.is_json(request.logging):
+            settings = replace(settings, prefix=False, dedup=False)  # the lines are for a program to read
+        runtime.output = DriverOutput(record.address.rpartition(":")[0].strip("[]"), settings)
         runtime.on_logs = runtime.output.show
     if request.logging_level is not None:
         logging.getLogger("shoal").setLevel(request.logging_level)
@@ -199,7 +207,7 @@ def _join(runtime: DriverRuntime, request: InitRequest, record: session.NodeReco
         b"", request.namespace or "", runtime.worker_id, bytes.fromhex(record.node_id), os.getpid(), request.entrypoint,
         [os.path.abspath(path) for path in sys.path], os.getcwd(), dict(request.env_vars), time.time(),
         default_lifetime=request.default_lifetime, log_to_driver=request.log_to_driver,
-        preload=list(request.preload),
+        preload=list(request.preload), logging=request.logging,
     )  # fmt: skip
     register = RegisterDriver(
         worker_id=runtime.worker_id, pid=os.getpid(), job=job, version=__version__,

@@ -57,6 +57,7 @@ class OutputSettings:
     allow: re.Pattern[str] | None = None  # lines that match are never folded
     skip: re.Pattern[str] | None = None  # lines that match are never shown
     color: str = "auto"
+    prefix: bool = True  # who printed it stands in front of each line
 
     @staticmethod
     def from_environment(environ: Mapping[str, str]) -> OutputSettings:
@@ -326,6 +327,8 @@ class DriverOutput:
                 _write_text(target, "".join(self._format(one, color) for one in chosen))
 
     def _format(self, one: Shown, color: bool) -> str:
+        if not self._settings.prefix:
+            return f"{one.line}\n"
         prefix = prefix_of(one.source, self._driver_ip)
         folded = ""
         if one.repeats:

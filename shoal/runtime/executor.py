@@ -24,7 +24,7 @@ from shoal.objects.ids import make_task_id
 from shoal.rpc.frames import make_decoder
 from shoal.rpc.messages import Done, Hello
 from shoal.rpc.reactor import Acceptor, Channel
-from shoal.runtime import worker_exit
+from shoal.runtime import job_logging, worker_exit
 from shoal.runtime.actor_client import ActorOptions
 from shoal.runtime.actor_host import ActorInstance, SequentialActor, ThreadedActor
 from shoal.runtime.async_actor import AsyncActor
@@ -259,6 +259,8 @@ class Executor:
                 os.chdir(message.job.working_dir)
             except OSError as exc:
                 logger.info("the driver's working directory is not on this node: %s", exc)
+        if message.job.logging:
+            job_logging.configure(message.job.logging, self.context)
         for module in message.job.preload:
             try:
                 importlib.import_module(module)

@@ -24,6 +24,7 @@ class InitRequest:
         default_lifetime: of actors that do not say, "detached" or "non_detached".
         node_ip_address, temp_dir, spill (where objects go that do not fit): of a new cluster; None means choose.
         preload: modules that every worker of the job imports before anything else.
+        logging: a packed `LoggingConfig` for the root loggers of the driver and its workers, or "".
     """
 
     address: str | None = None
@@ -44,6 +45,7 @@ class InitRequest:
     spill: tuple[str, ...] = ()
     entrypoint: str = ""
     preload: tuple[str, ...] = ()
+    logging: str = ""
 
     def only_for_new_cluster(self) -> list[str]:
         """Names of the options that were given and that an existing cluster cannot honour any more."""

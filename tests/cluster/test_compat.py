@@ -212,3 +212,27 @@ def test_progress_bars_of_tasks_show_at_the_driver(tmp_path: Path) -> None:
     assert bars == ["one: 100%|", "two: 100%|"]
     assert "in one" in done.stdout
     assert "\x1e" not in done.stdout + done.stderr
+
+
+def test_a_logging_config_reaches_the_workers(tmp_path: Path) -> None:
+    script = write(
+        tmp_path / "s.py",
+        """
+        import logging
+        import ray
+
+        @ray.remote
+        def work():
+            logging.getLogger("app").info("in the task")
+
+        ray.init(num_cpus=1, logging_config=ray.LoggingConfig(encoding="JSON"))
+        logging.getLogger("app").info("in the driver")
+        ray.get(work.remote())
+        """,
+    )
+    done = run(tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    driver, task = (json.loads(line) for line in done.stderr.splitlines())
+    assert (driver["message"], task["message"], task["task_name"]) == ("in the driver", "in the task", "work")
+    assert driver["job_id"] == task["job_id"]
+    assert driver["worker_id"] != task["worker_id"]

@@ -232,6 +232,7 @@ SIGNATURES = {
     "object_store_memory: 'int | None' = None, namespace: 'str | None' = None, "
     "runtime_env: 'Mapping[str, Any] | None' = None, ignore_reinit_error: 'bool' = False, "
     "log_to_driver: 'bool | None' = None, logging_level: 'int | str | None' = None, "
+    "logging_config: 'LoggingConfig | None' = None, "
     "_node_ip_address: 'str | None' = None, _node_name: 'str | None' = None, _memory: 'int | None' = None, "
     "_temp_dir: 'str | None' = None, "
     "object_spilling_directory: 'str | Sequence[str] | None' = None, **more: 'Any') -> 'ClusterContext'",
@@ -248,7 +249,8 @@ SIGNATURES = {
     "fetch_local: 'bool' = True) -> 'tuple[list[W], list[W]]'",
 }
 OTHERS = {
-    "ActorClass", "ActorHandle", "DynamicObjectRefGenerator", "ObjectRef", "ObjectRefGenerator", "__version__", "actor",
+    "ActorClass", "ActorHandle", "DynamicObjectRefGenerator", "LoggingConfig", "ObjectRef", "ObjectRefGenerator",
+    "__version__", "actor",
     "exceptions", "util",
 }  # fmt: skip
 
