@@ -30,7 +30,7 @@ from mypy.nodes import (
     TypeInfo,
     Var,
 )
-from mypy.plugin import AttributeContext, ClassDefContext, MethodSigContext, Plugin
+from mypy.plugin import AttributeContext, ClassDefContext, MethodContext, MethodSigContext, Plugin
 from mypy.typeops import bind_self
 from mypy.types import (
     AnyType,
@@ -52,7 +52,10 @@ ACTOR_HANDLE: Final = "shoal.api.actor.ActorHandle"
 ACTOR_METHOD: Final = "shoal.api.actor.ActorMethod"
 TYPED_METHOD: Final = "shoal.api.actor.TypedMethod"
 REMOTE_CALL: Final = "shoal.api.remote_call.RemoteCall"
+REMOTE_FUNCTION: Final = "shoal.api.remote_function.RemoteFunction"
 OBJECT_REF: Final = "shoal.runtime.object_ref.ObjectRef"
+_CALLS: Final = {f"{REMOTE_FUNCTION}.remote", f"{ACTOR_METHOD}.remote", f"{REMOTE_CALL}.remote"}
+_GENERATORS: Final = {f"typing.{kind}" for kind in ("Iterator", "Generator", "AsyncIterator", "AsyncGenerator")}
 _HIDDEN: Final = {"__ray_ready__", "__ray_call__", "__ray_terminate__"}
 
 
@@ -67,6 +70,9 @@ class ShoalPlugin(Plugin):
         if owner != ACTOR_HANDLE or name.startswith("_shoal") or name == "_actor_id":
             return None
         return lambda context: _handle_attribute(context, name)
+
+    def get_method_hook(self, fullname: str) -> Callable[[MethodContext], Type] | None:
+        return _streamed if fullname in _CALLS else None
 
     def get_method_signature_hook(self, fullname: str) -> Callable[[MethodSigContext], FunctionLike] | None:
         return _actor_class_remote if fullname == f"{ACTOR_CLASS}.remote" else None
@@ -160,6 +166,19 @@ def _handle_attribute(context: AttributeContext, name: str) -> Type:
     return Instance(made.type, [parameters, _awaited(method.ret_type)])
 
 
+def _streamed(context: MethodContext) -> Type:
+    """A call of a generator gives its items also where an argument is a reference, which the overloads leave out."""
+    given = context.default_return_type
+    reference = get_proper_type(given)
+    if not isinstance(reference, Instance) or reference.type.fullname != OBJECT_REF or not reference.args:
+        return given
+    result = get_proper_type(reference.args[0])
+    if not isinstance(result, Instance) or result.type.fullname not in _GENERATORS:
+        return given
+    stream = _symbol(context, "shoal.runtime.generators", "ObjectRefGenerator")
+    return given if stream is None else Instance(stream, [result.args[0]])
+
+
 def _method(node: object, behind: Instance) -> CallableType | None:
     """The method as its callers see it, or None when it is nothing simple (overloads, other decorators)."""
     static = False
@@ -198,8 +217,12 @@ def _awaited(result: Type) -> Type:
 
 
 def _reference(context: AttributeContext | MethodSigContext) -> TypeInfo | None:
-    node = context.api.modules.get("shoal.runtime.object_ref")  # type: ignore[attr-defined]  # the checker has it
-    symbol = node.names.get("ObjectRef") if node is not None else None
+    return _symbol(context, "shoal.runtime.object_ref", "ObjectRef")
+
+
+def _symbol(context: AttributeContext | MethodSigContext | MethodContext, module: str, name: str) -> TypeInfo | None:
+    node = context.api.modules.get(module)  # type: ignore[attr-defined]  # the checker has it
+    symbol = node.names.get(name) if node is not None else None
     return symbol.node if symbol is not None and isinstance(symbol.node, TypeInfo) else None
 
 

@@ -6,15 +6,18 @@ starts. Type checkers cannot map a `ParamSpec` that way, so `remote` is overload
 keywords and defaults; then calls with references for up to nine positional arguments, matched through the callable
 that is wrapped (`Wraps`), which unlike a ParamSpec may be compared loosely; then one or two references before the rest.
 
+A generator gives an `ObjectRefGenerator` of what it yields.
+
 Rejected: one class for each number of parameters, as Ray has, which loses keywords and defaults in every editor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Never, ParamSpec, Protocol, TypeVar, overload
 
 if TYPE_CHECKING:
+    from shoal.runtime.generators import ObjectRefGenerator
     from shoal.runtime.object_ref import ObjectRef
 
 P = ParamSpec("P")
@@ -31,6 +34,7 @@ T5 = TypeVar("T5")
 T6 = TypeVar("T6")
 T7 = TypeVar("T7")
 T8 = TypeVar("T8")
+Y = TypeVar("Y")
 
 
 class Wraps(Protocol[F_co]):
@@ -50,6 +54,14 @@ class RemoteCall(Generic[P, R_co]):
         @property
         def _function(self) -> Callable[P, R_co]: ...
 
+        @overload
+        def remote(  # type: ignore[overload-overlap]  # results of which nothing is known; else they would be items
+            self: RemoteCall[P, Never], *args: P.args, **kwargs: P.kwargs
+        ) -> ObjectRef[Any]: ...
+        @overload
+        def remote(  # type: ignore[overload-overlap]  # a generator's items rather than what it returns
+            self: RemoteCall[P, Iterator[Y] | AsyncIterator[Y]], *args: P.args, **kwargs: P.kwargs
+        ) -> ObjectRefGenerator[Y]: ...
         @overload
         def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R_co]: ...
         @overload

@@ -69,9 +69,9 @@ class ObjectRefGenerator(Generic[T_co]):
             if ref is not None:
                 return ref
 
-    def _next_sync(self, timeout_s: float | None = None) -> ObjectRef[T_co]:
-        """As `next()`, but gives a nil reference when nothing has come within `timeout_s`."""
-        ref = self._source.next_item(timeout_s)
+    def _next_sync(self, timeout: float | None = None) -> ObjectRef[T_co]:
+        """As `next()`, but gives a nil reference when nothing has come within `timeout` seconds."""
+        ref = self._source.next_item(timeout)
         return ref if ref is not None else ObjectRef(b"\xff" * OBJECT_BYTES, b"")
 
     def next_ready(self) -> bool:

@@ -144,15 +144,15 @@ def test_an_item_is_there_before_the_next_one_is_made(tmp_path: Path) -> None:
     assert shoal.get(first) == 1
     assert not stream.next_ready()
     assert not stream.is_finished()
-    assert stream._next_sync(timeout_s=0).is_nil()
-    assert stream._next_sync(timeout_s=0.01).is_nil()
+    assert stream._next_sync(timeout=0).is_nil()
+    assert stream._next_sync(timeout=0.01).is_nil()
     assert shoal.wait([stream.completed()], timeout=0)[0] == []
     (tmp_path / "go").touch()
-    second = stream._next_sync(timeout_s=20)
+    second = stream._next_sync(timeout=20)
     assert shoal.get(second) == 2
     assert second.task_id() == stream.task_id() == first.task_id()
     with pytest.raises(StopIteration):
-        stream._next_sync(timeout_s=20)
+        stream._next_sync(timeout=20)
 
 
 def test_the_error_is_the_last_item() -> None:
