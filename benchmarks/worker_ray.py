@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ API = sys.argv.pop(1) if __name__ == "__main__" else "shoal"
 CALLERS = 4
 TARGETS = max(2, (os.cpu_count() or 2) // 2)
 QUEUED = 100_000
+STREAMED = 5_000
 
 ray: Any = importlib.import_module(API)
 
@@ -71,6 +72,11 @@ def hold(path: str) -> None:
         time.sleep(0.05)
 
 
+@ray.remote
+def count(n: int) -> Iterator[int]:
+    yield from range(n)
+
+
 @ray.remote(num_cpus=0)
 class Actor:
     def no_op(self) -> bytes:
@@ -94,6 +100,10 @@ class AsyncActor:
 
     async def echo(self, value: Any) -> Any:
         return value
+
+    async def count(self, n: int) -> AsyncIterator[int]:
+        for i in range(n):
+            yield i
 
 
 @ray.remote(num_cpus=0)
@@ -173,6 +183,15 @@ def tasks_multi(timing: worker.Timing) -> float:
         return timing.rate(lambda: ray.get([a.submit_tasks.remote(2500) for a in callers]), CALLERS * 2500)
 
 
+def read_stream(stream: Any) -> None:
+    for ref in stream:
+        ray.get(ref)
+
+
+def task_stream(timing: worker.Timing) -> float:
+    return timing.rate(lambda: read_stream(count.remote(STREAMED)), STREAMED)
+
+
 def fibonacci(_: worker.Timing) -> float:
     begin = time.perf_counter()
     assert ray.get(fib.remote(12)) == 144
@@ -195,6 +214,11 @@ def one_to_one(cls: Any, pipelined: bool, **options: Any) -> worker.Run:
 def async_with_args(timing: worker.Timing) -> float:
     with actors(AsyncActor) as (actor,):
         return timing.rate(lambda: ray.get([actor.echo.remote(i) for i in range(1000)]), 1000)
+
+
+def async_stream(timing: worker.Timing) -> float:
+    with actors(AsyncActor) as (actor,):
+        return timing.rate(lambda: read_stream(actor.count.remote(STREAMED)), STREAMED)
 
 
 def one_to_many(timing: worker.Timing) -> float:
@@ -361,6 +385,8 @@ if __name__ == "__main__":
         "1:1 async-actor calls sync": one_to_one(AsyncActor, pipelined=False),
         "1:1 async-actor calls async": one_to_one(AsyncActor, pipelined=True),
         "1:1 async-actor calls with args async": async_with_args,
+        "single client streaming generator items": task_stream,
+        "1:1 async-actor streaming generator items": async_stream,
         "single client get calls": get_calls,
         "single client put calls": put_calls,
         "multi client put calls": put_calls_multi,
