@@ -301,6 +301,19 @@ def get_refs(timing: worker.Timing) -> float:
     return timing.rate(lambda: ray.get(ref))
 
 
+def placement_groups(timing: worker.Timing) -> float:
+    util = importlib.import_module(f"{API}.util")
+
+    def create_and_remove() -> None:
+        groups = [util.placement_group([{"CPU": 0.01}]) for _ in range(100)]
+        for group in groups:
+            assert group.wait(30)
+        for group in groups:
+            util.remove_placement_group(group)
+
+    return timing.rate(create_and_remove, 100)
+
+
 # -------------------------------------------------------------------------------------------------------------- weight
 
 
@@ -395,6 +408,7 @@ if __name__ == "__main__":
         "large get latency": large_get,
         "single client wait 1k refs": wait_refs,
         "single client get object containing 10k refs": get_refs,
+        "placement group create/removal": placement_groups,
         "fib(12) with a task per call": fibonacci,
         "new actors (own process)": new_actors,
         "idle worker private memory": worker_memory,

@@ -111,6 +111,12 @@ WORKLOADS: Final = (
     Workload("single client wait 1k refs", "/s", about="submit 1,000 tasks, wait for them one by one"),
     Workload("single client get object containing 10k refs", "/s"),
     Workload(
+        "placement group create/removal",
+        "/s",
+        versus=("ray", 10),
+        about="one client makes 100 groups of one bundle, waits until each is ready, removes them",
+    ),
+    Workload(
         "fib(12) with a task per call",
         "s",
         more_is_better=False,

@@ -59,8 +59,8 @@ class RuntimeContext:
         return data.actor_name if data.actor_id else None
 
     def get_placement_group_id(self) -> str | None:
-        """None: there are no placement groups yet."""
-        return None
+        """Hex; None outside of one."""
+        return self._data.group.hex() or None
 
     def get_assigned_resources(self) -> dict[str, float]:
         """What the current task or actor holds; empty in a driver."""
@@ -117,7 +117,8 @@ class RuntimeContext:
 
     @property
     def should_capture_child_tasks_in_placement_group(self) -> bool:
-        return False
+        """Whether tasks and actors that are made here, and given no strategy, run in the placement group too."""
+        return self._data.captures
 
     @property
     def current_actor(self) -> ActorHandle[Any]:

@@ -11,13 +11,21 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn
 
+from shoal.api.placement_group import PlacementGroup, check_fits
 from shoal.api.signatures import ASYNC_GENERATOR, COROUTINE, GENERATOR, code_flags
-from shoal.api.strategies import place, to_fallbacks, to_selector, to_strategy
+from shoal.api.strategies import (
+    PlacementGroupSchedulingStrategy,
+    in_group,
+    place,
+    to_fallbacks,
+    to_selector,
+    to_strategy,
+)
 from shoal.api.words import did_you_mean, not_supported
 from shoal.runtime.interface import ActorRules, ActorTemplate, MethodTemplate, StreamOptions, TaskTemplate
 from shoal.runtime.messages import STREAMED
 from shoal.scheduling.resources import to_amounts
-from shoal.scheduling.views import Amounts
+from shoal.scheduling.views import Amounts, Strategy
 
 Check = Callable[[str, Any], Any]
 
@@ -170,6 +178,12 @@ def _priority(name: str, value: Any) -> int | None:
     return settled
 
 
+def _placement_group(name: str, value: Any) -> Any:
+    if value is not None and value != "default" and not isinstance(value, PlacementGroup):
+        _wrong(name, "what placement_group() returned, 'default' or None", value)
+    return value
+
+
 def _runtime_env(name: str, value: Any) -> dict[str, str]:
     return check_runtime_env(value)
 
@@ -234,9 +248,9 @@ _BOTH: Final[Mapping[str, Check]] = {
     "label_selector": to_selector,
     "fallback_strategy": to_fallbacks,
     "priority": _priority,
-    "placement_group": _later(None, "default"),
-    "placement_group_bundle_index": _later(None, -1),
-    "placement_group_capture_child_tasks": _later(None, False),
+    "placement_group": _placement_group,
+    "placement_group_bundle_index": _whole(-1, "-1 (any bundle) or the number of one"),
+    "placement_group_capture_child_tasks": _optional_flag,
     "_labels": _later(None, {}),
 }
 
@@ -341,6 +355,29 @@ def _amounts(options: Mapping[str, Any], *, cpus: float) -> Amounts:
     return to_amounts({name: amount for name, amount in wanted.items() if amount})
 
 
+def _where(options: Mapping[str, Any], needs: Amounts) -> tuple[Strategy, bool]:
+    """The strategy, and whether it is inherited: nothing was said, so a placement group that captures does.
+
+    Raises:
+        ValueError: options that contradict each other, or no bundle of the group could ever hold `needs`.
+    """
+    chosen = options.get("scheduling_strategy")
+    group, index = options.get("placement_group", "default"), _or(options.get("placement_group_bundle_index"), -1)
+    if isinstance(group, PlacementGroup) and not group.is_empty:
+        if chosen is not None:
+            raise ValueError("give scheduling_strategy or placement_group, not both; the second one is deprecated")
+        strategy = in_group(group, index, options.get("placement_group_capture_child_tasks"))
+    elif index >= 0:
+        raise ValueError(f"placement_group_bundle_index={index} needs placement_group=..., which has the bundle")
+    elif isinstance(chosen, PlacementGroupSchedulingStrategy):
+        group, strategy = chosen.placement_group, to_strategy(chosen)
+    else:
+        strategy = place(to_strategy(chosen), options)
+        return strategy, chosen is None and group == "default" and not strategy.labels
+    check_fits(group, strategy.bundle, needs)
+    return place(strategy, options), False
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -372,13 +409,16 @@ def task_template(function: Callable[..., Any], options: Mapping[str, Any]) -> T
     label = qualified_name(function)
     num_returns, stream = returns_of(options, default_returns(function))
     max_calls = _or(options.get("max_calls"), 1 if options.get("num_gpus") else 0)
+    resources = _amounts(options, cpus=1)
+    strategy, inherits = _where(options, resources)
     return TaskTemplate(
         function,
         name=options.get("name") or label,
         num_returns=num_returns,
         stream=stream,
-        resources=_amounts(options, cpus=1),
-        strategy=place(to_strategy(options.get("scheduling_strategy")), options),
+        resources=resources,
+        strategy=strategy,
+        inherits=inherits,
         priority=options.get("priority"),
         max_retries=_or(options.get("max_retries"), DEFAULT_MAX_RETRIES),
         retry_exceptions=options.get("retry_exceptions", False),
@@ -419,12 +459,14 @@ def actor_template(
     resources = _amounts(options, cpus=1) if asked else {}
     placement = resources if asked else to_amounts({"CPU": 1})
     lifetime = options.get("lifetime")
+    strategy, inherits = _where(options, resources)
     return ActorTemplate(
         cls,
         methods=methods,
         resources=resources,
         placement=placement,
-        strategy=place(to_strategy(options.get("scheduling_strategy")), options),
+        strategy=strategy,
+        inherits=inherits,
         priority=options.get("priority"),
         name=options.get("name"),
         namespace=options.get("namespace"),

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from shoal.api.words import not_supported
+from shoal.api.placement_group import PlacementGroup
 from shoal.objects.ids import UNIQUE_BYTES
 from shoal.scheduling import labels
 from shoal.scheduling.views import Strategy
@@ -188,20 +188,71 @@ def place(strategy: Strategy, options: Mapping[str, Any]) -> Strategy:
     return msgspec.structs.replace(strategy, labels=choices[0], fallbacks=choices[1:])
 
 
+class PlacementGroupSchedulingStrategy:
+    """Run inside a placement group.
+
+    Args:
+        placement_group_bundle_index: in this bundle; -1 in any.
+        placement_group_capture_child_tasks: tasks and actors that it makes run in the group too, unless they are given
+            another strategy.
+    """
+
+    __slots__ = (
+        "_strategy", "placement_group", "placement_group_bundle_index", "placement_group_capture_child_tasks",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        placement_group: PlacementGroup,
+        placement_group_bundle_index: int = -1,
+        placement_group_capture_child_tasks: bool | None = None,
+    ) -> None:
+        group, index = placement_group, placement_group_bundle_index
+        self._strategy = in_group(group, index, placement_group_capture_child_tasks)
+        self.placement_group = group
+        self.placement_group_bundle_index = index
+        self.placement_group_capture_child_tasks = placement_group_capture_child_tasks
+
+    def __repr__(self) -> str:
+        return f"PlacementGroupSchedulingStrategy({self.placement_group!r}, {self.placement_group_bundle_index})"
+
+    def __reduce__(self) -> tuple[type, tuple[PlacementGroup, int, bool | None]]:
+        return PlacementGroupSchedulingStrategy, (
+            self.placement_group, self.placement_group_bundle_index, self.placement_group_capture_child_tasks,
+        )  # fmt: skip
+
+
+def in_group(group: Any, index: Any, capture: Any) -> Strategy:
+    """Raises ValueError, TypeError: not a group, or no bundle of it."""
+    if not isinstance(group, PlacementGroup):
+        raise TypeError(f"placement_group is what placement_group() returned, not {group!r}")
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise TypeError(f"placement_group_bundle_index is a whole number, not {index!r}")
+    if capture is not None and not isinstance(capture, bool):
+        raise TypeError(f"placement_group_capture_child_tasks is True, False or None, not {capture!r}")
+    if group.is_empty:
+        raise ValueError("this placement group is empty: it is no group that work can run in")
+    count = group.known_bundle_count
+    if index < -1 or (count is not None and index >= count):
+        most = f"between 0 and {count - 1}" if count is not None else "0 or more"
+        raise ValueError(f"placement_group_bundle_index is {most}, or -1 for any bundle, not {index}")
+    return Strategy("group", group=bytes(group.id), bundle=index, capture=bool(capture))
+
+
 def to_strategy(value: Any) -> Strategy:
     """What the scheduler reads for a `scheduling_strategy` option.
 
     Raises:
-        ValueError, TypeError: it is no strategy. NotImplementedError: not one that shoal has yet.
+        ValueError, TypeError: it is no strategy.
     """
     if value is None or value == "DEFAULT":
         return _DEFAULT
     if value == "SPREAD":
         return Strategy("spread")
-    if isinstance(value, NodeAffinitySchedulingStrategy | NodeLabelSchedulingStrategy):
+    if isinstance(
+        value, NodeAffinitySchedulingStrategy | NodeLabelSchedulingStrategy | PlacementGroupSchedulingStrategy
+    ):
         return value._strategy
     if isinstance(value, str):
         raise ValueError(f"scheduling_strategy is 'DEFAULT', 'SPREAD' or a strategy object, not {value!r}")
-    if type(value).__name__ == "PlacementGroupSchedulingStrategy":
-        raise not_supported(type(value).__name__)
     raise TypeError(f"scheduling_strategy is 'DEFAULT', 'SPREAD' or a strategy object, not {type(value).__name__}")

@@ -12,6 +12,7 @@ from shoal import session
 from shoal.cli.words import size_text, span_text
 from shoal.control.messages import GetStatus, NodeInfo, ProcessReply, StatusReply
 from shoal.exceptions import ClusterNotFoundError
+from shoal.scheduling.bundle_names import MARK, parse_name
 from shoal.scheduling.resources import BYTE_RESOURCES, describe, to_floats
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def as_data(status: StatusReply, address: str) -> dict[str, Any]:
                 "reason": {"code": demand.reason.code, "text": demand.reason.text},
                 "since_unix_s": demand.since_unix_s,
                 "job_id": demand.job_id.hex(),
+                "placement_group": demand.group.hex() or None,
             }
             for demand in status.demands
         ],
@@ -243,9 +245,22 @@ def _demands_table(status: StatusReply, now_unix_s: float, verbose: bool) -> Ren
 
 
 def _used(total: dict[str, int], available: dict[str, int]) -> str:
-    """ "1/4 GPU, 2 GiB/8 GiB memory"; without the marks that every node has (`node:...`)."""
+    """ "1/4 GPU, 2 GiB/8 GiB memory"; without the marks that every node has (`node:...`).
+
+    Of bundles of placement groups it says what is set aside, which counts as used, and how much of that is in use.
+    """
     names = sorted(total, key=lambda name: (name != "CPU", name != "GPU", name))
-    return ", ".join(f"{_fraction(total, available, name)} {name}" for name in names if not name.startswith("node:"))
+    plain = [name for name in names if not name.startswith("node:") and parse_name(name) is None]
+    text = ", ".join(f"{_fraction(total, available, name)} {name}" for name in plain)
+    inside: tuple[dict[str, int], dict[str, int]] = {}, {}
+    for name in names:
+        part = parse_name(name)
+        if part is not None and part.bundle < 0 and part.resource != MARK:
+            for sums, amounts in zip(inside, (total, available), strict=True):
+                sums[part.resource] = sums.get(part.resource, 0) + amounts.get(name, 0)
+    if inside[0]:
+        text += f" (in placement groups: {_used(*inside)})"
+    return text
 
 
 def _fraction(total: dict[str, int], available: dict[str, int], name: str) -> str:

@@ -60,7 +60,7 @@ VIEWS: Final[Mapping[str, View]] = {
     "ray.remote_function": View("shoal.api.remote_function"),
     "ray.runtime_context": View("shoal.api.context"),
     "ray.types": View("", {"ObjectRef": "shoal.runtime.object_ref:ObjectRef"}),
-    "ray.util": View("shoal.util", package=True),
+    "ray.util": View("shoal.util", shadowed=("placement_group",), package=True),
     "ray.util.dask": View(
         "shoal.util.dask",
         {

@@ -25,6 +25,7 @@ import msgspec
 from shoal.control.messages import ActorInfo, ActorSpec
 from shoal.control.processes import Origin
 from shoal.objects.ids import ActorId
+from shoal.scheduling.bundle_names import demand_on
 from shoal.scheduling.views import WaitReason
 
 STORY_STEPS = 8
@@ -155,13 +156,14 @@ class ActorRecord:
         restarts: lives begun after the first one; what `max_restarts` limits.
         since: the loop's clock at the last step.
         reason: why it has no worker yet.
+        need: what a node must show to be free to place it; hold: of that, what it holds then.
         quick_falls: how often in a row it ended right after its start.
         unready: its constructor's arguments are on their way; it is in no line until then.
     """
 
     __slots__ = (
-        "actor_id", "address", "cause", "error", "hostname", "incarnation", "job_id", "kind",
-        "node_id", "owner", "pid", "quick_falls", "reason", "restarts", "since", "socket_path", "spec",
+        "actor_id", "address", "cause", "error", "hold", "hostname", "incarnation", "job_id", "kind",
+        "need", "node_id", "owner", "pid", "quick_falls", "reason", "restarts", "since", "socket_path", "spec",
         "state", "story", "unready", "worker_id",
     )  # fmt: skip
 
@@ -169,6 +171,11 @@ class ActorRecord:
         self.spec = spec
         self.actor_id = ActorId(spec.actor_id)
         self.job_id = spec.job_id
+        self.need, self.hold = spec.needs(), spec.resources
+        at = spec.strategy
+        if at.kind == "group":
+            self.need = demand_on(at.group, at.bundle, self.need)
+            self.hold = demand_on(at.group, at.bundle, self.hold) if any(self.hold.values()) else {}
         self.owner = owner
         self.state = PENDING
         self.since = now

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import assert_never
 
 import msgspec
@@ -68,8 +68,8 @@ from shoal.control.remembered import Remembered
 from shoal.control.settings import ControlSettings
 from shoal.objects.ids import ACTOR_BYTES, ActorId, JobId
 from shoal.rpc.messages import Done
-from shoal.scheduling.resources import fits
-from shoal.scheduling.views import DemandReport, WaitReason
+from shoal.scheduling.resources import add, fits
+from shoal.scheduling.views import Amounts, DemandReport, WaitReason
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +105,12 @@ class ActorLives:
         self._room = WaitingRoom(nodes, rng)
         self._held_back: list[tuple[float, ActorId]] = []
         self._roomy: dict[bytes, None] = {}  # nodes to try the lines on at the end of this round
+        self._in_groups: dict[bytes, set[ActorId]] = {}  # placement group -> actors that live in it
         self._recheck_at = INFINITY
         self._notice_at = INFINITY
+        # What placement groups have to say and hear (see `group_lives`); set by who owns both.
+        self.why_group_is_gone: Callable[[bytes], str] = lambda _: ""
+        self.on_end: Callable[[ActorId, str], None] = lambda *_: None
 
     # ---------------------------------------------------------------------------------------------- what is asked
 
@@ -143,6 +147,14 @@ class ActorLives:
         job.actors.add(actor_id)
         if not spec.detached:
             self._processes.own(origin, actor_id)
+        group_id = spec.strategy.group
+        if group_id:
+            self._in_groups.setdefault(group_id, set()).add(actor_id)
+        gone = self.why_group_is_gone(group_id) if group_id else ""
+        if gone:
+            self._step(actor, Ended("group_removed", gone))
+            self._outbox.answer(origin, request, ActorReply(actor=actor.info()))
+            return
         if request.unready:
             actor.unready = True
             actor.reason = WaitReason("arguments", "its constructor's arguments are not ready")
@@ -243,6 +255,18 @@ class ActorLives:
         actor = self._actors.get(actor_id)
         return actor.info() if actor is not None else self._dead.find(actor_id)
 
+    def is_living(self, actor_id: bytes) -> bool:
+        return ActorId(actor_id) in self._actors
+
+    def held_on(self, node: NodeRecord) -> Amounts:
+        """What actors hold on this node, but for those in placement groups."""
+        held: Amounts = {}
+        for actor_id in node.actors:
+            actor = self._actors.get(actor_id)
+            if actor is not None and not actor.spec.strategy.group:
+                held = add(held, actor.hold)
+        return held
+
     def counts(self) -> dict[str, int]:
         """Public state -> number of actors; the dead are those that are remembered."""
         counts: dict[str, int] = {}
@@ -338,6 +362,11 @@ class ActorLives:
                 self._step(actor, Ended("job_ended", cause))
         self._settle(job)
 
+    def end_in_group(self, group_id: bytes, cause: str) -> None:
+        """The placement group is gone, and with it what its actors ran on: they end for good, detached ones too."""
+        for actor_id in sorted(self._in_groups.get(group_id, ())):
+            self._step(self._actors[actor_id], Ended("group_removed", cause))
+
     def node_died(self, node: NodeRecord, reason: str) -> None:
         """Called when the node has left the table."""
         for actor_id in sorted(node.actors):
@@ -426,7 +455,7 @@ class ActorLives:
             self._room.stand(actor.actor_id, node.node_id)
         else:
             self._room.leave(actor.actor_id)
-        self._nodes.place(node, actor.actor_id, actor.spec.resources)
+        self._nodes.place(node, actor.actor_id, actor.hold)
         blob = self._keys.find(FUNCTIONS, actor.spec.class_id)
         assert blob is not None, "checked by _place"
         patience_s = PATIENCE_S if stands else SHORT_PATIENCE_S
@@ -438,7 +467,7 @@ class ActorLives:
             self._outbox.send(node.peer, stop)
 
     def _leave_node(self, actor: ActorRecord, node: NodeRecord | None) -> None:
-        if node is not None and self._nodes.leave(node, actor.actor_id, actor.spec.resources):
+        if node is not None and self._nodes.leave(node, actor.actor_id, actor.hold):
             self.room_made(node)
 
     def _end(self, actor: ActorRecord) -> None:
@@ -452,6 +481,12 @@ class ActorLives:
         if spec.name:
             self._names.release(spec.namespace, spec.name, actor_id)
         self._processes.forget_actor(actor_id, actor.owner)
+        group_id = spec.strategy.group
+        if group_id:
+            self._in_groups[group_id].discard(actor_id)
+            if not self._in_groups[group_id]:
+                del self._in_groups[group_id]
+        self.on_end(actor_id, f"{actor.describe()}, which created it, ended")
         info = msgspec.structs.replace(actor.info(), handle=b"", reason=None)
         self._dead.add(actor_id, info, len(info.error) + len(info.cause))
         job = self._jobs.find(JobId(spec.job_id))

@@ -96,7 +96,7 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True):
     state: "pending" | "alive" | "restarting" | "dead". `incarnation` counts starts from 1; a message about an older
     incarnation is stale. When dead, `cause` says why in one line, and `error` may hold the pickled exception that the
     constructor raised. `kind` of death: "killed", "init_failed", "exited", "crashed", "node_died", "owner_died",
-    "out_of_scope", "job_ended", "unschedulable".
+    "out_of_scope", "job_ended", "unschedulable", "group_removed".
     """
 
     actor_id: bytes
@@ -123,6 +123,39 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True):
     max_concurrency: int = 1  # above 1, calls of one caller may overtake each other
 
 
+class GroupSpec(msgspec.Struct, array_like=True, frozen=True):
+    """A placement group as its creator wants it.
+
+    `strategy`: one of `scheduling.bundles.STRATEGIES`. `labels`: a label selector for each bundle, or none at all.
+    `actor_id`: the detached actor that it ends with; b"": it ends with its job. `detached`: it ends with neither.
+    """
+
+    group_id: bytes
+    job_id: bytes
+    bundles: list[Amounts]
+    strategy: str = "PACK"
+    name: str = ""
+    namespace: str = ""
+    detached: bool = False
+    actor_id: bytes = b""
+    labels: list[dict[str, str]] = []
+    soft_target: bytes = b""  # the node that STRICT_PACK prefers
+
+
+class GroupInfo(msgspec.Struct, array_like=True, frozen=True):
+    """`state`: "PENDING", "CREATED", "RESCHEDULING" or "REMOVED". `nodes`: of each bundle, b"" where there is none.
+    `attempts`: how often places were chosen. `reason`: while it has no place. `cause`: of its removal."""
+
+    spec: GroupSpec
+    state: str
+    nodes: list[bytes] = []
+    attempts: int = 0
+    reason: WaitReason | None = None
+    cause: str = ""
+    asked_unix_s: float = 0.0
+    created_unix_s: float = 0.0  # the first time
+
+
 # ---------------------------------------------------------------------------------------- agent -> control, tags 100+
 
 
@@ -147,6 +180,7 @@ class NodeReport(Message, frozen=True, tag=102):
     demands: list[DemandReport]
     workers: int = 0
     store_spilled: int = 0
+    bundles: Amounts = {}  # what bundles of placement groups add to the node's totals (`scheduling.bundle_names`)
 
 
 class RegisterJob(Request, frozen=True, tag=103):
@@ -246,6 +280,14 @@ class ActorWaits(Message, frozen=True, tag=113):
     reason: WaitReason
 
 
+class BundlesPrepared(Message, frozen=True, tag=120):
+    """What became of `PrepareBundles`. Without `ok`, nothing is held."""
+
+    group_id: bytes
+    attempt: int
+    ok: bool
+
+
 class LogsFlushed(Message, frozen=True, tag=118):
     """`FlushNodeLogs` is done: all that had been printed by then has been published before this message."""
 
@@ -294,6 +336,32 @@ class FlushNodeLogs(Message, frozen=True, tag=138):
 
     job_id: bytes
     number: int
+
+
+class PrepareBundles(Message, frozen=True, tag=140):
+    """Set aside the resources of these bundles, of all or of none. With `commit` they are
+    committed too: it is the only node that takes part. Where there is too little room, the group stands in line with
+    the node's tasks for at most `patience_s`. Answered by `BundlesPrepared`."""
+
+    group_id: bytes
+    attempt: int
+    bundles: dict[int, Amounts]
+    commit: bool = False
+    patience_s: float = 0.0
+
+
+class CommitBundles(Message, frozen=True, tag=141):
+    """Serve the group's work from what was prepared."""
+
+    group_id: bytes
+
+
+class ReturnBundles(Message, frozen=True, tag=142):
+    """End these bundles, whatever they have come to, and the tasks in them. (Actors are ended by `StopActor`.)"""
+
+    group_id: bytes
+    bundles: list[int]
+    cause: str = ""
 
 
 class RelayReply(Message, frozen=True, tag=134):
@@ -422,6 +490,36 @@ class ListMetrics(Request, frozen=True, tag=177):
     """Answered by `MetricsReply`."""
 
 
+class CreateGroup(Request, frozen=True, tag=170):
+    """Answered by `GroupReply`; `Failed` kind "name_taken", "limit". Who creates a group watches it."""
+
+    spec: GroupSpec = msgspec.field(default_factory=lambda: GroupSpec(b"", b"", []))
+
+
+class RemoveGroup(Request, frozen=True, tag=171):
+    """Answered by `Done`, also when there is no such group (any more). Its tasks and actors end."""
+
+    group_id: bytes = b""
+
+
+class FindGroup(Request, frozen=True, tag=172):
+    """By id, or by name. Answered by `GroupReply`, or `Failed` kind "not_found"."""
+
+    group_id: bytes = b""
+    name: str = ""
+    namespace: str = ""
+
+
+class ListGroups(Request, frozen=True, tag=173):
+    """Answered by `GroupsReply`: those that exist, and those removed that control still remembers."""
+
+
+class WatchGroup(Message, frozen=True, tag=174):
+    """Say `GroupChanged` now, if the group is known, and at each change, until this process ends."""
+
+    group_id: bytes
+
+
 class ProvideArguments(Message, frozen=True, tag=162):
     """What an `unready` actor waited for: `ActorSpec.arguments`; or it will never come, and `error` (an opaque pickled
     exception) and `text` say why."""
@@ -487,22 +585,39 @@ class Notice(Message, frozen=True, tag=187):
     text: str
 
 
+class GroupReply(Reply, frozen=True, tag=190):
+    group: GroupInfo = msgspec.field(default_factory=lambda: GroupInfo(GroupSpec(b"", b"", []), "PENDING"))
+
+
+class GroupsReply(Reply, frozen=True, tag=191):
+    groups: list[GroupInfo] = []
+
+
+class GroupChanged(Message, frozen=True, tag=192):
+    """Push to who watches a placement group; `state` as in `GroupInfo`. `text`: why it waits, or was removed."""
+
+    group_id: bytes
+    state: str
+    text: str = ""
+
+
 FUNCTIONS = "functions"
 """Key-value space of pickled classes and functions, by FunctionId."""
 
 AgentMessage = (
     RegisterNode | NodeReport | RegisterJob | GetJob | ProcessGone | ActorStarted | ActorFailed | ActorGone
-    | ActorOutOfScope | Relay | PublishLogs | ActorWaits | LogsFlushed
+    | ActorOutOfScope | Relay | PublishLogs | ActorWaits | LogsFlushed | BundlesPrepared
 )  # fmt: skip
 ProcessMessage = (
     CreateActor | FindActor | WatchActor | UnwatchActor | KillActor | PutKey | GetKey | DeleteKey | ListKeys
-    | GetStatus | ListActors | ListJobs | ProvideArguments | FlushLogs | ReportMetrics | ListMetrics
+    | GetStatus | ListActors | ListJobs | ProvideArguments | FlushLogs | ReportMetrics | ListMetrics | CreateGroup
+    | RemoveGroup | FindGroup | ListGroups | WatchGroup
 )  # fmt: skip
 ControlMessage = (
     Done | Failed | NodeRegistered | JobRegistered | NodesChanged | StartActor | StopActor | JobEnded | RelayReply
-    | StopNode | FlushNodeLogs
+    | StopNode | FlushNodeLogs | PrepareBundles | CommitBundles | ReturnBundles
 )  # fmt: skip
 ProcessReply = (
     Done | Failed | ActorReply | ActorUpdate | KeyReply | StatusReply | ActorsReply | JobsReply | LogsArrived | Notice
-    | MetricsReply
+    | MetricsReply | GroupReply | GroupsReply | GroupChanged
 )  # fmt: skip

@@ -21,6 +21,9 @@ from shoal.objects.ids import ActorId
 from shoal.scheduling.resources import add, subtract
 from shoal.scheduling.views import UNIT, Amounts, DemandReport, NodeView
 
+BundleKey = tuple[bytes, int]
+"""A placement group's id and the number of a bundle."""
+
 
 class NodeRecord:
     """A living node.
@@ -28,14 +31,16 @@ class NodeRecord:
     Attributes:
         peer: its agent's connection.
         free: what control believes to be free (see above).
-        bookings: actor -> what it holds, since the last report.
+        bookings: actor, or bundle of a placement group -> what it holds, since the last report.
+        base: what it has, without what bundles show.
         light: actors here that hold no resources: what spreads those.
         actors: all that are placed here and not dead.
         refused: lines of actors (placement.LineKey) of which it refused one since its last report.
     """
 
     __slots__ = (
-        "actors", "bookings", "demands", "free", "heard_at", "index", "info", "light", "peer", "refused", "workers",
+        "actors", "base", "bookings", "demands", "free", "heard_at", "index", "info", "light", "peer", "refused",
+        "workers",
     )  # fmt: skip
 
     def __init__(self, info: NodeInfo, peer: int, index: int, now: float) -> None:
@@ -44,7 +49,8 @@ class NodeRecord:
         self.index = index
         self.heard_at = now
         self.free: Amounts = dict(info.available)
-        self.bookings: dict[ActorId, Amounts] = {}
+        self.base: Amounts = info.total
+        self.bookings: dict[ActorId | BundleKey, Amounts] = {}
         self.light = 0
         self.actors: set[ActorId] = set()
         self.refused: set[Hashable] = set()
@@ -124,11 +130,12 @@ class NodeTable:
 
     def report(self, node: NodeRecord, report: NodeReport) -> bool:
         """Take the agent's word for what is free. Returns whether availability changed since its last word."""
-        changed = report.available != node.info.available
+        total = add(node.base, report.bundles) if report.bundles else node.base
+        changed = report.available != node.info.available or total != node.info.total
         store = (report.store_used, report.store_spilled)
         if changed or store != (node.info.store_used, node.info.store_spilled):
             node.info = msgspec.structs.replace(
-                node.info, available=report.available, store_used=store[0], store_spilled=store[1]
+                node.info, total=total, available=report.available, store_used=store[0], store_spilled=store[1]
             )
         node.refused.clear()
         node.demands = report.demands
@@ -160,6 +167,27 @@ class NodeTable:
         self._set_free(node, add(node.free, booked))
         return True
 
+    def book(self, node: NodeRecord, bundle: BundleKey, hold: Amounts) -> None:
+        """A bundle is to be there."""
+        node.bookings[bundle] = hold
+        self._set_free(node, subtract(node.free, hold))
+
+    def unbook(self, node: NodeRecord, bundle: BundleKey) -> None:
+        """It is not, after all; what the agent counted itself is freed by its next report."""
+        booked = node.bookings.pop(bundle, None)
+        if booked is not None:
+            self._set_free(node, add(node.free, booked))
+
+    def show(self, node: NodeRecord, shown: Amounts, *, hide: bool = False) -> None:
+        """The agent shows this of a bundle (or with `hide` not any more), and its reports will say so too."""
+        info, change = node.info, subtract if hide else add
+        total, available, free = (change(part, shown) for part in (info.total, info.available, node.free))
+        for name in shown:
+            if total[name] <= 0:
+                del total[name], available[name], free[name]
+        node.info = msgspec.structs.replace(info, total=total, available=available)
+        self._set_free(node, free)
+
     def _set_free(self, node: NodeRecord, free: Amounts) -> None:
         node.free = free
         self.views[node.index] = node.view()
@@ -172,7 +200,7 @@ class NodeTable:
             assert self._by_peer[node.peer] is node
             assert node.node_id not in self._dead
             assert view == node.view()
-            assert set(node.bookings) <= node.actors
+            assert {key for key in node.bookings if not isinstance(key, tuple)} <= node.actors
             assert 0 <= node.light <= len(node.actors)
             expected = dict(node.info.available)
             for hold in node.bookings.values():

@@ -140,7 +140,7 @@ class WaitingRoom:
             actor.reason = line.reason
             return line
         spec = actor.spec
-        need = spec.needs()
+        need = actor.need
         light = actor.holds_nothing
         key: LineKey = (
             spec.job_id,

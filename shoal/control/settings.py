@@ -19,7 +19,7 @@ class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
         coalesce_s: availability changes of all nodes travel at most this often.
         coalesce_per_node_s: added per node, since each change is told to every node: the traffic is quadratic.
         recheck_s: reasons of everything that waits are worked out anew at most this often.
-        notice_after_s: a driver hears of an actor that waits for so long.
+        notice_after_s: a driver hears of an actor or placement group that waits for so long.
         notice_again_s: first interval of repeats while an actor is infeasible; doubles each time.
         notice_most_s: longest interval of repeats.
         quick_fall_s: an actor that ends sooner after its start is in a crash loop; the fourth such start waits.
@@ -27,6 +27,7 @@ class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
         max_dead_nodes, max_ended_jobs, max_dead_actors: remembered for people who ask; the oldest leave.
         max_dead_bytes: of the errors and causes that dead actors keep.
         max_actors: that are not dead; more than an operating system will bear, but not more than memory does.
+        max_groups: placement groups that are not removed; max_removed_groups: remembered for people who ask.
         max_value_bytes: of one value in the key-value store; about half of what one frame carries.
         max_store_bytes: of all keys and values.
         max_series: of users' metrics; each costs about 1 KB.
@@ -48,6 +49,8 @@ class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_dead_actors: int = 10_000
     max_dead_bytes: int = 64 << 20
     max_actors: int = 500_000
+    max_groups: int = 100_000
+    max_removed_groups: int = 1_000
     max_value_bytes: int = 512 << 20
     max_store_bytes: int = 4 << 30
     max_series: int = 20_000

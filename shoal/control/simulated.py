@@ -22,6 +22,8 @@ from shoal.control.messages import (
     ActorReply,
     ActorSpec,
     ActorStarted,
+    BundlesPrepared,
+    CommitBundles,
     CreateActor,
     JobEnded,
     JobInfo,
@@ -30,6 +32,7 @@ from shoal.control.messages import (
     NodeRegistered,
     NodeReport,
     NodesChanged,
+    PrepareBundles,
     ProcessGone,
     ProcessReply,
     PutKey,
@@ -37,6 +40,7 @@ from shoal.control.messages import (
     RegisterNode,
     Relay,
     RelayReply,
+    ReturnBundles,
     StartActor,
     StopActor,
     StopNode,
@@ -46,8 +50,9 @@ from shoal.control.settings import ControlSettings
 from shoal.control.state import ControlState
 from shoal.objects.ids import ActorId, NodeId, WorkerId
 from shoal.rpc.messages import Message, Request
+from shoal.scheduling.bundle_names import demand_on, shown_of
 from shoal.scheduling.resources import add, fits, subtract, to_amounts
-from shoal.scheduling.views import Amounts, Strategy
+from shoal.scheduling.views import Amounts, NodeView, Strategy
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ProcessReply).decode
@@ -126,6 +131,7 @@ class SimAgent:
 
     Attributes:
         running: actor -> (incarnation, spec) of those whose process exists.
+        bundles: (placement group, index) -> resources that are set aside; committed: those that are in use.
         seen: control messages that are of no consequence here, for tests to look at.
         starts: set to False to leave started actors in their constructor.
     """
@@ -138,6 +144,8 @@ class SimAgent:
         self.available = dict(total)
         self.labels = labels
         self.running: dict[bytes, tuple[int, ActorSpec]] = {}
+        self.bundles: dict[tuple[bytes, int], Amounts] = {}
+        self.committed: set[tuple[bytes, int]] = set()
         self.workers: dict[bytes, WorkerId] = {}
         self.processes: dict[bytes, SimProcess] = {}
         self.to_control: deque[Message] = deque()
@@ -155,7 +163,18 @@ class SimAgent:
         self.to_control.append(message)
 
     def report(self) -> None:
-        self.say(NodeReport(dict(self.available), 0, []))
+        self.say(NodeReport(dict(self.available), 0, [], bundles=self.shown()))
+
+    def shown(self) -> Amounts:
+        """What committed bundles add to the totals."""
+        shown: Amounts = {}
+        for group_id, index in self.committed:
+            shown = add(shown, shown_of(group_id, index, self.bundles[group_id, index]))
+        return shown
+
+    def view(self) -> NodeView:
+        """As others should see it."""
+        return NodeView(self.node_id, add(self.total, self.shown()), dict(self.available), self.labels)
 
     def receive(self, message: Any) -> None:
         if isinstance(message, StartActor):
@@ -164,6 +183,12 @@ class SimAgent:
             held = self.running.get(message.actor_id)
             if held is not None and held[0] == message.incarnation:
                 self.end_actor(message.actor_id, intended=True, cause=message.cause)
+        elif isinstance(message, PrepareBundles):
+            self._prepare(message)
+        elif isinstance(message, CommitBundles):
+            self._commit(message.group_id)
+        elif isinstance(message, ReturnBundles):
+            self._return(message)
         elif isinstance(message, RelayReply):
             process = self.processes.get(message.worker_id)
             if process is not None:
@@ -178,14 +203,54 @@ class SimAgent:
             self.nodes.update((node.node_id, node) for node in message.nodes)
         self.seen.append(message)
 
+    def _prepare(self, message: PrepareBundles) -> None:
+        wanted = {(message.group_id, index): amounts for index, amounts in message.bundles.items()}
+        assert not wanted.keys() & self.bundles.keys(), "a bundle is prepared once"
+        needs: Amounts = {}
+        for amounts in wanted.values():
+            needs = add(needs, amounts)
+        done = fits(needs, self.available)
+        if done:
+            self.bundles.update(wanted)
+            self.available = subtract(self.available, needs)
+            if message.commit:
+                self._commit(message.group_id)
+            self.report()
+        self.say(BundlesPrepared(message.group_id, message.attempt, done))
+
+    def _commit(self, group_id: bytes) -> None:
+        for key in [key for key in self.bundles if key[0] == group_id and key not in self.committed]:
+            self.committed.add(key)
+            self.available = add(self.available, shown_of(*key, self.bundles[key]))
+
+    def _return(self, message: ReturnBundles) -> None:
+        for key in [(message.group_id, index) for index in message.bundles]:
+            amounts = self.bundles.pop(key, None)
+            if amounts is not None:
+                self.available = add(self.available, amounts)
+                if key in self.committed:
+                    self.committed.remove(key)
+                    self.available = subtract(self.available, shown_of(*key, amounts))
+        self.available = {name: amount for name, amount in self.available.items() if amount or name in self.total}
+        self.report()
+
+    def hold(self, spec: ActorSpec) -> Amounts:
+        """What an actor holds of what this node shows."""
+        at = spec.strategy
+        if at.kind != "group" or not any(spec.resources.values()):
+            return spec.resources
+        return demand_on(at.group, at.bundle, spec.resources)
+
     def _start(self, message: StartActor) -> None:
         spec, incarnation = message.spec, message.incarnation
         assert spec.actor_id not in self.running, "an agent holds one life of an actor at most"
-        if not fits(spec.needs(), self.available):
+        at = spec.strategy
+        needs = demand_on(at.group, at.bundle, spec.needs()) if at.kind == "group" else spec.needs()
+        if not fits(needs, self.available):
             self.say(ActorFailed(spec.actor_id, incarnation, "refused", "its resources are taken"))
             return
         self.running[spec.actor_id] = (incarnation, spec)
-        self.available = subtract(self.available, spec.resources)
+        self.available = subtract(self.available, self.hold(spec))
         if self.starts:
             self.finish_start(spec.actor_id)
         if any(spec.resources.values()):
@@ -202,7 +267,7 @@ class SimAgent:
     def end_actor(self, actor_id: bytes, *, intended: bool, cause: str) -> None:
         """Its process ends, whatever it was doing."""
         incarnation, spec = self.running.pop(actor_id)
-        self.available = add(self.available, spec.resources)
+        self.available = add(self.available, self.hold(spec))
         worker_id = self.workers.pop(actor_id, None)
         if worker_id is None:
             self.say(ActorFailed(actor_id, incarnation, "crashed", cause))
@@ -213,10 +278,14 @@ class SimAgent:
             self.report()
 
     def held_less_than_total(self) -> Amounts:
-        """What would be free if only the actors here held anything."""
+        """What would be free if only the actors and bundles here held anything."""
         free = dict(self.total)
+        for key, amounts in self.bundles.items():
+            free = subtract(free, amounts)
+            if key in self.committed:
+                free = add(free, shown_of(*key, amounts))
         for _, spec in self.running.values():
-            free = subtract(free, spec.resources)
+            free = subtract(free, self.hold(spec))
         return free
 
     def process_of(self, actor_id: bytes) -> SimProcess:

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from shoal.control.group_lives import GroupLives
 from shoal.control.jobs import JobRecord, JobTable
 from shoal.control.keys import KeyLimitError, KeyStore
 from shoal.control.lives import ActorLives
@@ -28,9 +29,12 @@ from shoal.control.messages import (
     ActorOutOfScope,
     ActorStarted,
     ActorWaits,
+    BundlesPrepared,
     CreateActor,
+    CreateGroup,
     DeleteKey,
     FindActor,
+    FindGroup,
     FlushLogs,
     GetJob,
     GetKey,
@@ -41,6 +45,7 @@ from shoal.control.messages import (
     KeyReply,
     KillActor,
     ListActors,
+    ListGroups,
     ListJobs,
     ListKeys,
     ListMetrics,
@@ -61,11 +66,13 @@ from shoal.control.messages import (
     RegisterJob,
     RegisterNode,
     Relay,
+    RemoveGroup,
     ReportMetrics,
     StatusReply,
     StopNode,
     UnwatchActor,
     WatchActor,
+    WatchGroup,
 )
 from shoal.control.metrics import MetricTable
 from shoal.control.names import anonymous_namespace
@@ -113,6 +120,9 @@ class ControlState:
         self._log_flushes = LogFlushes(self._outbox)
         lives = ActorLives(settings, self._outbox, self._nodes, self._jobs, self._keys, self._processes, rng)
         self._lives = lives
+        groups = GroupLives(settings, self._outbox, self._nodes, self._jobs, lives, self._note_changed)
+        self._groups = groups
+        lives.why_group_is_gone, lives.on_end = groups.was_removed, groups.actor_ended
         self._decode: Callable[[bytes], Any] = msgspec.msgpack.Decoder(ProcessMessage).decode
         self._of_agents: dict[type[Message], Callable[[NodeRecord, Any], None]] = {
             NodeReport: self._node_report,
@@ -127,6 +137,7 @@ class ControlState:
             PublishLogs: self._publish_logs,
             LogsFlushed: lambda node, message: self._log_flushes.flushed(node.peer, message.number),
             ActorWaits: lives.waits,
+            BundlesPrepared: groups.prepared,
         }
         self._of_processes: dict[type[Message], Callable[[Origin, bytes, Any], None]] = {
             CreateActor: lives.create,
@@ -145,6 +156,11 @@ class ControlState:
             ProvideArguments: lives.provide,
             ReportMetrics: self._report_metrics,
             ListMetrics: self._list_metrics,
+            CreateGroup: groups.create,
+            RemoveGroup: groups.remove,
+            FindGroup: groups.find,
+            ListGroups: groups.answer_list,
+            WatchGroup: groups.watch,
         }
 
     # ---------------------------------------------------------------------------------------------------- inputs
@@ -180,6 +196,7 @@ class ControlState:
             self._bury(node, reason)
         else:
             self._lives.end_owned(self._processes.drop_peer(peer), "the tool that created it disconnected")
+            self._groups.peer_gone(peer)
         self._fenced.pop(peer, None)
         return [send for send in self._finish() if send.peer != peer]
 
@@ -189,17 +206,19 @@ class ControlState:
         if now >= self._check_at:
             self._check_nodes()
         self._lives.tick()
+        self._groups.tick()
         if now >= self._flush_at:
             self._flush_nodes()
         return self._finish()
 
     def _finish(self) -> list[Send]:
         self._lives.place_waiting()
+        self._groups.place_waiting()
         return self._outbox.take()
 
     def deadline(self) -> float:
         """The clock at which `tick` has something to do; infinity when only messages can change anything."""
-        return min(self._check_at, self._flush_at, self._lives.deadline())
+        return min(self._check_at, self._flush_at, self._lives.deadline(), self._groups.deadline())
 
     def shutdown(self, reason: str) -> list[Send]:
         """The cluster ends: every node is told to."""
@@ -225,6 +244,7 @@ class ControlState:
         self._changed[node.node_id] = None
         self._flush_nodes(but=peer)
         self._lives.node_joined(node)
+        self._groups.room_made()
 
     def _why_not(self, peer: int, request: RegisterNode) -> tuple[str, str] | None:
         """Kind and text of the refusal."""
@@ -249,12 +269,17 @@ class ControlState:
 
     def _node_report(self, node: NodeRecord, report: NodeReport) -> None:
         if self._nodes.report(node, report):
-            self._changed[node.node_id] = None
-            if self._flush_at == INFINITY:
-                settings = self._settings
-                pause_s = max(settings.coalesce_s, settings.coalesce_per_node_s * len(self._nodes))
-                self._flush_at = self._outbox.now + pause_s
+            self._note_changed(node)
         self._lives.room_made(node)
+        self._groups.room_made()
+
+    def _note_changed(self, node: NodeRecord) -> None:
+        """The other agents are to hear what this node has and what is free there."""
+        self._changed[node.node_id] = None
+        if self._flush_at == INFINITY:
+            settings = self._settings
+            pause_s = max(settings.coalesce_s, settings.coalesce_per_node_s * len(self._nodes))
+            self._flush_at = self._outbox.now + pause_s
 
     def _flush_nodes(self, gone: NodeInfo | None = None, but: int = -1) -> None:
         """Tell all agents but one which nodes changed."""
@@ -299,6 +324,8 @@ class ControlState:
         logger.warning("node died node=%s address=%s reason=%s", node.node_id.hex(), node.info.address, reason)
         row = self._nodes.bury(node, reason)
         self._log_flushes.node_gone(node.peer)
+        self._groups.peer_gone(node.peer)
+        self._groups.node_died(node, reason)
         self._metrics.node_gone(node.peer)
         for job in self._jobs.at(node.peer):
             self._end_job(job, f"the node of the job's driver died: {reason}")
@@ -338,6 +365,7 @@ class ControlState:
             if job is not None and job.running:
                 self._end_job(job, f"the job's driver is gone: {message.cause}")
         self._log_flushes.process_gone(Origin(node.peer, message.worker_id))
+        self._groups.process_gone(Origin(node.peer, message.worker_id))
         self._metrics.process_gone(node.peer, message.worker_id)
         owned = self._processes.drop(Origin(node.peer, message.worker_id))
         job = self._jobs.find(JobId(message.job_id))
@@ -350,6 +378,7 @@ class ControlState:
         logger.info("job ended job=%s cause=%s", job.info.job_id.hex(), cause)
         self._jobs.end(job, self._outbox.unix())
         self._lives.end_job(job, cause)
+        self._groups.end_job(job.info.job_id, cause)
         for node in self._nodes:
             self._outbox.send(node.peer, JobEnded(job.info.job_id))
 
@@ -417,6 +446,7 @@ class ControlState:
     def _get_status(self, origin: Origin, job_id: bytes, request: GetStatus) -> None:
         demands = [demand for node in self._nodes for demand in node.demands]
         demands.extend(self._lives.demand_reports())
+        demands.extend(self._groups.demand_reports())
         reply = StatusReply(
             cluster_id=self._cluster_id,
             nodes=self._nodes.infos(dead=True),
@@ -438,6 +468,7 @@ class ControlState:
         self._nodes.check_invariants()
         self._keys.check_invariants()
         self._lives.check_invariants()
+        self._groups.check_invariants()
         assert self._check_at < INFINITY or not len(self._nodes)
         assert bool(self._changed) <= (self._flush_at < INFINITY)
         assert not any(self._nodes.at(peer) for peer in self._fenced)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Coroutine, Iterator
 from typing import Any, Protocol
 
+import msgspec
+
 from shoal.control.messages import ActorFailed, ActorGone, ActorStarted, ActorWaits, JobInfo, StartActor, StopActor
 from shoal.exceptions import ShoalError
 from shoal.node.leases import Decision, Grant, LeaseScheduler, Wait
@@ -103,7 +105,7 @@ class ActorHost:
         order, agent = hosted.order, self._agent
         spec = order.spec
         if not hosted.stopping:
-            hosted.devices = agent.scheduler.acquire_actor(spec.actor_id, spec.placement, spec.resources)
+            hosted.devices = agent.scheduler.acquire_actor(spec.actor_id, spec.placement, spec.resources, spec.strategy)
             if hosted.devices is None and order.patience_s > 0:
                 await self._stand_in_line(hosted)
         if hosted.devices is None or hosted.stopping:
@@ -145,7 +147,10 @@ class ActorHost:
     async def _stand_in_line(self, hosted: _Hosted) -> None:
         """Wait until `hosted.devices` is given, or `patience_s` is over, or it is stopped."""
         spec, scheduler = hosted.order.spec, self._agent.scheduler
-        here = Strategy("node", scheduler.node_id)  # control chose, and will choose again
+        # Control chose this node, and will choose again.
+        here = Strategy("node", scheduler.node_id)
+        if spec.strategy.kind == "group":
+            here = msgspec.structs.replace(spec.strategy, node_id=scheduler.node_id)
         need = LeaseSpec(spec.job_id, spec.needs(), spec.class_name, strategy=here, priority=spec.priority)
         hosted.turn = asyncio.Event()
         scheduler.set_demand(spec.actor_id, 0, 1, need, time.time(), redirected=True)
@@ -169,7 +174,9 @@ class ActorHost:
             agent.scheduler.drop_owner(spec.actor_id)
             agent.scheduler.release(decision.lease_id)
             if hosted.turn is not None and not hosted.turn.is_set():
-                hosted.devices = agent.scheduler.acquire_actor(spec.actor_id, spec.placement, spec.resources)
+                hosted.devices = agent.scheduler.acquire_actor(
+                    spec.actor_id, spec.placement, spec.resources, spec.strategy
+                )
                 hosted.turn.set()
             agent.decide_soon()  # it may hold less than it needed to be placed
         elif isinstance(decision, Wait):

@@ -26,6 +26,7 @@ from shoal.exceptions import ShoalError
 from shoal.node import starting
 from shoal.node.actors import ActorHost
 from shoal.node.cluster_link import ClusterLink
+from shoal.node.group_host import GroupHost
 from shoal.node.lease_service import LeaseService
 from shoal.node.leases import LeaseScheduler
 from shoal.node.logs import WorkerLogs
@@ -131,7 +132,10 @@ class Agent:
         )
         self._prestart = cpus
         self.actors = ActorHost(self)
-        self.leases = LeaseService(self, settings.total, self.pool, self.actors.takes)
+        groups = self.groups = GroupHost(self)
+        self.leases = LeaseService(
+            self, settings.total, self.pool, lambda decision: self.actors.takes(decision) or groups.takes(decision)
+        )
         peers = self._peers = Peers(settings.node_id, settings.address, settings.token, self.cluster.address_of)
         self._puller = Puller(settings.token, f"agent-{settings.node_id.hex()[:8]}")
         self.objects = ObjectManager(
@@ -336,6 +340,9 @@ class Agent:
     def decide_soon(self) -> None:
         self.leases.decide_soon()
 
+    def end_leases(self, lease_ids: list[int], cause: str) -> None:
+        self.leases.end_leases(lease_ids, cause)
+
     def send_to(self, worker_id: bytes, message: Message) -> bool:
         process = self._processes.get(worker_id)
         if process is not None:
@@ -532,12 +539,14 @@ class Agent:
         now = time.time()
         demands = self.scheduler.demand_reports(now)
         demands += starting.reports([*self.leases.starting(), *self.actors.starting()], now)
+        scheduler, store = self.scheduler, self.objects.store
         return (
-            dict(self.scheduler.available),
-            self.objects.store.used,
+            dict(scheduler.available),
+            store.used,
             demands,
             len(self.pool),
-            self.objects.store.spilled_bytes,
+            store.spilled_bytes,
+            scheduler.bundle_totals(),
         )
 
     def _lost_control(self, reason: str) -> None:
@@ -553,6 +562,12 @@ class Agent:
                 self._end_job(message.job_id)
             case control.RelayReply():
                 self.send_to(message.worker_id, MailFromControl(message.body))
+            case control.PrepareBundles():
+                self.groups.prepare(message)
+            case control.CommitBundles():
+                self.groups.commit(message.group_id)
+            case control.ReturnBundles():
+                self.groups.give_back(message)
             case control.FlushNodeLogs():
                 self._logs.flush_job(message.job_id)
                 self.tell_control(control.LogsFlushed(message.number))

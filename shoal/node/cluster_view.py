@@ -120,14 +120,17 @@ class ClusterView:
     def plan(self, demand: Amounts, strategy: Strategy, *, pinned: bool) -> Plan:
         """Where `demand` can run at all. `pinned`: another agent chose this node, and knew the strategy."""
         if pinned:
-            if not policy.can_ever_run(demand, Strategy(), self.own()):
-                return Plan(False, (), policy.why_infeasible(demand, Strategy(), [self.own()]))
+            allowed = strategy if strategy.kind == "group" else Strategy()
+            if not policy.can_ever_run(demand, allowed, self.own()):
+                return Plan(False, (), policy.why_infeasible(demand, allowed, [self.own()]))
             return Plan(True, self._plan(demand, strategy).tiers)
         return self._plan(demand, strategy)
 
     def _plan(self, demand: Amounts, strategy: Strategy) -> Plan:
         own = self.own()
         first: bytes | None = None
+        if strategy.kind == "group" and strategy.node_id == self._node_id:
+            return Plan(True, ())
         if strategy.kind == "node":
             named = own if strategy.node_id == self._node_id else self._others.get(strategy.node_id)
             if named is not None and policy.can_ever_run(demand, strategy, named):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from shoal.node.messages import LeaseSpec
+from shoal.scheduling.bundle_names import demand_on
 from shoal.scheduling.resources import is_light
 from shoal.scheduling.views import Amounts, Strategy, WaitReason
 
@@ -40,18 +41,34 @@ class Plan(NamedTuple):
 
 class Shape:
     """Everything about a demand that decides where it can run. `pinned`: another agent sent it here. `light`: it needs
-    next to nothing, so how many run is bounded by slots."""
+    next to nothing, so how many run is bounded by slots.
+
+    `demand` is what a node must show to have room; in a placement group that is under the bundles' names, and `asked`
+    is what the work itself said.
+    """
 
     __slots__ = (
-        "busy", "demand", "key", "lacking", "light", "offered", "pinned", "plan", "refs", "strategy", "waiting",
-    )  # fmt: skip
+        "asked",
+        "busy",
+        "demand",
+        "key",
+        "lacking",
+        "light",
+        "offered",
+        "pinned",
+        "plan",
+        "refs",
+        "strategy",
+        "waiting",
+    )
 
-    def __init__(self, key: object, demand: Amounts, strategy: Strategy, pinned: bool) -> None:
+    def __init__(self, key: object, asked: Amounts, strategy: Strategy, pinned: bool) -> None:
         self.key = key
-        self.demand = demand
+        self.asked = asked
+        self.demand = demand_on(strategy.group, strategy.bundle, asked) if strategy.kind == "group" else asked
         self.strategy = strategy
         self.pinned = pinned
-        self.light = is_light(demand)
+        self.light = is_light(asked)
         self.refs = 0  # classes
         self.waiting = 0  # classes in the queue
         self.plan: Plan | None = None  # None: not worked out since the roster of nodes changed

@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
+import msgspec
+
 from shoal.control.messages import JobInfo
 from shoal.exceptions import ShoalError
 from shoal.node.leases import Decision, Grant, LeaseScheduler, Reclaim, Redirect, Wait
@@ -70,7 +72,7 @@ class _Lease:
 
 
 class LeaseService:
-    """See the module. `takes(decision)` is asked first: actors stand in the same line as leases (see `ActorHost`)."""
+    """See the module. `takes(decision)` is asked first: actors and bundles stand in the same line as leases."""
 
     def __init__(
         self, around: Surroundings, total: Amounts, pool: WorkerPool, takes: Callable[[Decision], bool]
@@ -134,7 +136,9 @@ class LeaseService:
     def worker_ended(self, worker: Worker, exit: WorkerExit) -> None:
         lease = self._leases.pop(worker.lease_id, None)
         if lease is not None:
-            self._around.send_to(lease.owner, LeaseLost(worker.lease_id, exit))
+            removed = self.scheduler.was_closed(worker.lease_id)
+            told = msgspec.structs.replace(exit, group_removed=True) if removed else exit
+            self._around.send_to(lease.owner, LeaseLost(worker.lease_id, told))
             self.scheduler.release(worker.lease_id)
 
     def memory(self) -> Iterator[WorkerMemory]:
@@ -146,6 +150,15 @@ class LeaseService:
                     worker.worker_id, worker.pid, lease.spec.name, lease.owner, private_bytes(worker.pid),
                     lease.granted_unix_s, lease.spec.retriable,
                 )  # fmt: skip
+
+    def end_leases(self, lease_ids: list[int], cause: str) -> None:
+        """What they are for is gone: end their workers."""
+        for lease_id in lease_ids:
+            lease = self._leases[lease_id]
+            if lease.worker is not None and lease.known:
+                self._pool.end(lease.worker, cause, intended=True)
+            else:
+                self.give_back(ReturnLease(lease_id, broken=True))
 
     def starting(self) -> Iterator[Starting]:
         """Leases that were granted and have no worker yet."""

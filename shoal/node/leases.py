@@ -36,13 +36,14 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from shoal.node.bundles import Bundles
 from shoal.node.cluster_view import ClusterView
 from shoal.node.lease_queue import DemandClass, LeaseQueue, Plan, Shape
 from shoal.node.messages import LeaseSpec
 from shoal.node.resource_books import Holding, ResourceBooks
 from shoal.scheduling import policy
 from shoal.scheduling.resources import count_fitting, fits, light_slots, missing, subtract
-from shoal.scheduling.views import Amounts, DemandReport, NodeView, WaitReason
+from shoal.scheduling.views import Amounts, DemandReport, NodeView, Strategy, WaitReason
 
 RESERVE_AFTER_S: Final = 1.0
 RESERVE_FOR_S: Final = 10.0
@@ -154,6 +155,8 @@ class LeaseScheduler:
         self._now = 0.0
         self._last_lease = 0
         self._books = ResourceBooks(total)
+        self._bundles = Bundles(self._books)
+        self._bundles_changed = False  # since the last decision: work may have a place here, or none, for that reason
         self._queue = LeaseQueue()
         self._owners: dict[bytes, _Owner] = {}
         self._leases: dict[int, _Lease] = {}
@@ -285,7 +288,9 @@ class LeaseScheduler:
         if lease.light:
             self._queue.full.clear()
 
-    def acquire_actor(self, actor_id: bytes, placement: Amounts, hold: Amounts) -> dict[str, list[int]] | None:
+    def acquire_actor(
+        self, actor_id: bytes, placement: Amounts, hold: Amounts, strategy: Strategy = Strategy()
+    ) -> dict[str, list[int]] | None:
         """Hold `hold` for an actor if `placement` and it fit now: its device numbers, or None.
 
         To wait in line with leases, let the actor want one lease of `placement` as its own owner, and when it is
@@ -296,10 +301,19 @@ class LeaseScheduler:
         """
         if actor_id in self._actors:
             raise ValueError(f"actor {actor_id.hex()} holds resources here already")
-        if self._cluster.is_draining or not self._books.has_room(placement) or not self._books.has_room(hold):
+        if self._cluster.is_draining:
             return None
-        holding = self._actors[actor_id] = self._books.take(hold)
-        return holding.devices
+        if strategy.kind == "group":
+            bundle = self._bundles.find_room(strategy, placement, hold)
+            if bundle is None:
+                return None
+            holding = self._bundles.take(bundle, hold)
+        elif self._books.has_room(placement) and self._books.has_room(hold):
+            holding = self._books.take(hold)
+        else:
+            return None
+        self._actors[actor_id] = holding
+        return holding.numbers
 
     def release_actor(self, actor_id: bytes) -> None:
         """Raises KeyError: the actor holds nothing here."""
@@ -308,6 +322,37 @@ class LeaseScheduler:
     def set_actor_blocked(self, actor_id: bytes, blocked: bool) -> None:
         """As `set_blocked`. Raises KeyError: the actor holds nothing here."""
         self._lend(self._actors[actor_id], blocked)
+
+    # --------------------------------------------------------------------------------------------- placement groups
+
+    def prepare_bundles(self, group: bytes, wanted: dict[int, Amounts]) -> bool:
+        """Set aside what these bundles of a placement group need: all or nothing."""
+        return not self._cluster.is_draining and self._bundles.prepare(group, wanted)
+
+    def commit_bundles(self, group: bytes) -> None:
+        """Serve work of the group from what was set aside."""
+        self._bundles.commit(group)
+        self._note_bundles()
+
+    def close_bundles(self, group: bytes, indices: list[int]) -> list[int]:
+        """Serve nobody from these any more. Returns the leases in them, which the caller ends."""
+        self._bundles.close(group, indices)
+        self._note_bundles()
+        closed = [number for number in self._leases if self.was_closed(number)]
+        return [number for number in closed if self._leases[number].holding.bundle.group == group]
+
+    def was_closed(self, lease_id: int) -> bool:
+        """Whether the lease is in a bundle that ends."""
+        lease = self._leases.get(lease_id)
+        return lease is not None and lease.holding.bundle is not None and not lease.holding.bundle.open
+
+    def bundle_totals(self) -> Amounts:
+        """What bundles add to the node's totals."""
+        return self._bundles.shown_totals()
+
+    def _note_bundles(self) -> None:
+        self._queue.forget_plans()
+        self._bundles_changed = True
 
     # --------------------------------------------------------------------------------------------- questions
 
@@ -329,10 +374,10 @@ class LeaseScheduler:
             key = (cls.spec.job_id, cls.spec.name, cls.shape.key, cls.reason or _NEW)
             _, count, since = rows.get(key, (cls, 0, now))
             rows[key] = (cls, count + cls.unmet, min(since, cls.since))
-        reports = [
-            DemandReport(cls.spec.name, dict(cls.shape.demand), count, cls.reason or _NEW, since, cls.spec.job_id)
-            for cls, count, since in rows.values()
-        ]
+        reports = []
+        for cls, count, since in rows.values():
+            spec, asked, reason = cls.spec, dict(cls.shape.asked), cls.reason or _NEW
+            reports.append(DemandReport(spec.name, asked, count, reason, since, spec.job_id, spec.strategy.group))
         reports.sort(key=lambda report: report.since_unix_s)
         return reports[:MAX_REPORTS]
 
@@ -354,6 +399,7 @@ class LeaseScheduler:
         changed, roster_changed = self._cluster.update(nodes, now)
         if roster_changed:
             queue.forget_plans()
+        changed, self._bundles_changed = changed or self._bundles_changed, False
         if not queue:
             self._end_starvation()
             return []
@@ -437,7 +483,7 @@ class LeaseScheduler:
         shape = cls.shape
         if shape in self._queue.full:
             return False
-        if not self._plan(shape).here or not self._books.has_room(shape.demand):
+        if not self._plan(shape).here or not self._has_room(shape):
             self._note_full(cls)
             return False
         if shape.light and self._slots <= 0:
@@ -452,10 +498,10 @@ class LeaseScheduler:
         return True
 
     def _grant_one(self, cls: DemandClass) -> Grant:
-        holding = self._books.take(cls.shape.demand)
+        holding = self._take(cls.shape)
         self._last_lease += 1
         shape, job = cls.shape, cls.spec.job_id
-        share = policy.share_of(shape.demand, self.total)
+        share = policy.share_of(shape.asked, self.total)
         lease = self._leases[self._last_lease] = _Lease(cls.owner, cls.class_id, job, holding, share, shape.light)
         self._slots -= lease.slots()
         self._use(lease, used=True, new=True)
@@ -470,7 +516,7 @@ class LeaseScheduler:
         self._queue.had_its_turn(cls)
         if not cls.unmet:
             self._leave_queue(cls)
-        return Grant(cls.owner, cls.class_id, self._last_lease, cls.spec, holding.devices)
+        return Grant(cls.owner, cls.class_id, self._last_lease, cls.spec, holding.numbers)
 
     def _note_full(self, cls: DemandClass) -> None:
         """It does not fit here now; if it has waited long enough, keep for it what it lacks."""
@@ -489,8 +535,9 @@ class LeaseScheduler:
     def _movable(self) -> Amounts:
         """What would be free if all leases were returned."""
         movable = self.total
-        for holding in self._actors.values():
-            movable = subtract(movable, holding.amounts)
+        for holding in (*self._actors.values(), *self._bundles.holdings()):
+            if holding.bundle is None or holding.bundle.open:
+                movable = subtract(movable, holding.amounts)
         return movable
 
     def _is_withheld_from(self, cls: DemandClass) -> bool:
@@ -694,17 +741,35 @@ class LeaseScheduler:
         else:
             self._used.pop(lease.job_id, None)
 
+    def _has_room(self, shape: Shape) -> bool:
+        if shape.strategy.kind == "group":
+            return self._bundles.find_room(shape.strategy, shape.asked) is not None
+        return self._books.has_room(shape.demand)
+
+    def _take(self, shape: Shape) -> Holding:
+        if shape.strategy.kind == "group":
+            bundle = self._bundles.find_room(shape.strategy, shape.asked)
+            assert bundle is not None, "take without room"
+            return self._bundles.take(bundle, shape.asked)
+        return self._books.take(shape.demand)
+
     def _give_back(self, holding: Holding) -> None:
-        self._books.give_back(holding)
+        if holding.bundle is None:
+            self._books.give_back(holding)
+        else:
+            self._bundles.give_back(holding)
         self._queue.full.clear()
 
     def _lend(self, holding: Holding, lends: bool) -> None:
-        if self._books.lend(holding, lends):
+        if (self._books if holding.bundle is None else self._bundles).lend(holding, lends):
             self._queue.full.clear()
 
     def check_invariants(self) -> None:
         """Raises AssertionError, saying what is wrong. For tests and for an agent that is being debugged."""
-        self._books.check([*(lease.holding for lease in self._leases.values()), *self._actors.values()])
+        users = [*(lease.holding for lease in self._leases.values()), *self._actors.values()]
+        shown = [holding for holding in users if holding.bundle is None or holding.bundle.open]
+        self._books.check([*shown, *self._bundles.holdings()])
+        self._bundles.check([holding for holding in users if holding.bundle is not None])
         used: dict[bytes, int] = {}
         for lease in self._leases.values():
             if not lease.blocked:

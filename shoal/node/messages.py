@@ -42,6 +42,7 @@ class WorkerExit(msgspec.Struct, array_like=True, frozen=True):
     cause: str = ""
     tail: list[str] = []
     out_of_memory: bool = False  # the node ended it to get memory back
+    group_removed: bool = False  # it was ended because the placement group that it worked in is gone
 
 
 # Object states on the wire.

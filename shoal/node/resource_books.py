@@ -12,34 +12,54 @@ lists that could disagree. Three facts make it more than subtraction:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from shoal.scheduling.resources import DEVICE_RESOURCES, DeviceSlots
 from shoal.scheduling.views import Amounts
 
-_LENT: Final = "CPU"
+_LENT: Final[tuple[str, ...]] = ("CPU",)
 
 
 class Holding:
-    """What one lease or actor holds; `lent` of its CPUs count as available for now."""
+    """What one lease, actor or bundle holds; `lent` of its CPUs count as available for now.
 
-    __slots__ = ("amounts", "devices", "lent")
+    Inside a bundle (`node/bundles.py`) it is held twice: of the `bundle`'s own books (`inner`), and of the node's under
+    the names that show the bundle, among which `cpu_names` are those that can be lent.
+    """
+
+    __slots__ = ("amounts", "bundle", "cpu_names", "devices", "inner", "lent")
 
     def __init__(self, amounts: Amounts, devices: dict[str, list[int]]) -> None:
         self.amounts = amounts
         self.devices = devices
         self.lent = 0
+        self.cpu_names = _LENT
+        self.bundle: Any = None
+        self.inner: Holding | None = None
+
+    @property
+    def numbers(self) -> dict[str, list[int]]:
+        """Resource -> numbers of the devices that the holder may use."""
+        return self.devices if self.inner is None else self.inner.devices
 
 
 class ResourceBooks:
-    """Args: total: what the node has. Raises ValueError: it has a fraction of a device."""
+    """Args: total: what the node or bundle has. devices: of a bundle, its devices by number.
+
+    Raises:
+        ValueError: a node has a fraction of a device.
+    """
 
     __slots__ = ("_devices", "available", "total")
 
-    def __init__(self, total: Amounts) -> None:
+    def __init__(self, total: Amounts, devices: dict[str, list[int]] | None = None) -> None:
         self.total: Amounts = dict(total)
         self.available: Amounts = dict(total)
-        self._devices = {name: DeviceSlots(name, total[name]) for name in sorted(DEVICE_RESOURCES) if name in total}
+        self._devices = {
+            name: DeviceSlots(name, total[name], None if devices is None else devices.get(name, []))
+            for name in sorted(DEVICE_RESOURCES)
+            if name in total
+        }
 
     def has_room(self, demand: Amounts) -> bool:
         """Whether `demand` fits now, with its devices."""
@@ -74,10 +94,12 @@ class ResourceBooks:
 
     def lend(self, holding: Holding, lends: bool) -> bool:
         """Lend the holding's CPUs out or take them back; saying it again changes nothing. True: there is more now."""
-        lent = holding.amounts.get(_LENT, 0) if lends else 0
+        names = holding.cpu_names
+        lent = holding.amounts.get(names[0], 0) if lends and names else 0
         gained = lent - holding.lent
         if gained:
-            self.available[_LENT] += gained
+            for name in names:
+                self.available[name] += gained
             holding.lent = lent
         return gained > 0
 
@@ -86,12 +108,12 @@ class ResourceBooks:
         holdings = list(holdings)
         for name in self.total.keys() | self.available.keys():
             held = sum(holding.amounts.get(name, 0) for holding in holdings)
-            lent = sum(holding.lent for holding in holdings) if name == _LENT else 0
+            lent = sum(holding.lent for holding in holdings if name in holding.cpu_names)
             assert held - lent + self.available.get(name, 0) == self.total.get(name, 0), f"{name} does not add up"
         for name, slots in self._devices.items():
-            used = [0] * len(slots.used())
+            used = dict.fromkeys(slots.numbers, 0)
             for holding in holdings:
                 for number, part in slots.parts(holding.devices.get(name, []), holding.amounts.get(name, 0)):
                     used[number] += part
-            assert slots.used() == used, f"{name}: the devices are not those of the holders"
+            assert slots.used() == list(used.values()), f"{name}: the devices are not those of the holders"
             assert slots.free == self.available.get(name, 0), f"{name}: devices and amounts differ"

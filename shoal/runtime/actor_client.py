@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 ASYNC_CONCURRENCY: Final = 1000
 """Calls of an async actor that run at a time, when the class does not say."""
-WANTED_ENDS: Final = frozenset({"killed", "exited", "out_of_scope", "job_ended"})
+WANTED_ENDS: Final = frozenset({"killed", "exited", "out_of_scope", "job_ended", "group_removed"})
 """Kinds of death that somebody meant."""
 MAX_BOUNDS: Final = 1000
 """Methods with their options that are remembered; who makes new options for each call must not fill the memory."""
@@ -225,6 +225,8 @@ class Connection:
         text = f"{info.class_name or self.label} is dead: {info.cause or info.kind or 'the reason is not known'}"
         if info.kind == "unschedulable":
             return ObjectState(ERROR, serialize(exceptions.ActorUnschedulableError(text)).flatten())
+        if info.kind == "group_removed":
+            return ObjectState(ERROR, serialize(exceptions.ActorPlacementGroupRemoved(text)).flatten())
         error = exceptions.ActorDiedError(
             text, self._actor_id.hex(), actor_init_failed=info.kind == "init_failed", cause=cause
         )
@@ -386,10 +388,13 @@ class ActorManager:
                 "find it there; give namespace=... to init() or to the actor",
                 template.name,
             )
+        strategy = runtime.inherited if template.inherits else template.strategy
+        # In a group, an actor that asks for nothing needs no free CPU to be placed: that is to spread over the cluster.
+        placement = template.resources if strategy.group else template.placement
         concurrency = template.max_concurrency or (ASYNC_CONCURRENCY if template.is_async else 1)
         spec = ActorSpec(
             actor_id, runtime.job_id, runtime.worker_id, runtime.node_id, template.cls.__name__, class_id, b"",
-            template.resources, template.placement, template.strategy, template.name or "",
+            template.resources, placement, strategy, template.name or "",
             runtime.job.namespace if template.namespace is None else template.namespace, detached,
             template.max_restarts, template.max_task_retries, concurrency, template.env_vars, template.handle,
             msgspec.msgpack.encode(

@@ -70,12 +70,13 @@ class Caller:
 
 class Target:
     """A template as this worker knows it. `function` is set by whoever runs it first. `light`: its tasks need next to
-    nothing."""
+    nothing. `captured`: the placement group that what its tasks make runs in too, unless told otherwise."""
 
-    __slots__ = ("__weakref__", "function", "light", "nesting", "pace_s", "template", "told_s", "uses")
+    __slots__ = ("__weakref__", "captured", "function", "light", "nesting", "pace_s", "template", "told_s", "uses")
 
     def __init__(self, template: Template) -> None:
         self.template = template
+        self.captured = template.placement_group if template.captures else b""
         self.nesting = nest(template.depth + 1, template.priority, True)  # of what it submits
         self.light = not template.method and is_light(template.resources)
         self.function: Callable[..., Any] | None = None

@@ -112,6 +112,7 @@ class NodeConnection:
         self.on_lease_message: Callable[[Any], None] = lambda _: None
         self.on_cancel_call: Callable[[CancelCall], None] = lambda _: None
         self.on_actor_update: Callable[[control.ActorInfo], None] = lambda _: None
+        self.on_group_changed: Callable[[control.GroupChanged], None] = lambda _: None
         self.on_notice: Callable[[control.Notice], None] = lambda _: None
         self.on_logs: Callable[[list[control.LogLines]], None] = lambda _: None
         self.on_lost: Callable[[], None] = lambda: None
@@ -324,6 +325,8 @@ class NodeConnection:
         match message:
             case control.ActorUpdate():
                 self.on_actor_update(message.actor)
+            case control.GroupChanged():
+                self.on_group_changed(message)
             case control.LogsArrived():
                 self.on_logs(message.entries)
             case control.Notice():

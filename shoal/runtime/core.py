@@ -30,6 +30,7 @@ from shoal.runtime.actor_client import ActorManager, Client
 from shoal.runtime.arrivals import Arrivals
 from shoal.runtime.cancelling import Canceller
 from shoal.runtime.connection import LEFT
+from shoal.runtime.groups import GroupManager
 from shoal.runtime.leases import TaskManager
 from shoal.runtime.link import WorkerLink
 from shoal.runtime.messages import Argument
@@ -40,6 +41,7 @@ from shoal.runtime.retrying import names_of
 from shoal.runtime.streams import Readers, Stream
 from shoal.runtime.task_run import CANCELLED_STAGES, Bound, Placeholder, TaskRun
 from shoal.runtime.waiting import Waiting
+from shoal.scheduling.views import Strategy
 
 if TYPE_CHECKING:
     from shoal.runtime.interface import ActorTemplate, StreamOptions, TaskTemplate
@@ -51,6 +53,8 @@ logger = logging.getLogger(__name__)
 MAX_CODE_BYTES: Final = 100 << 20
 """Code travels to each worker once for each connection and is kept there: a value belongs into the store."""
 LARGE_CODE_BYTES: Final = 10 << 20
+MAX_VARIANTS: Final = 64
+"""Of one function, for the placement groups that its tasks inherit."""
 MOST_INLINE_BYTES: Final = 1 << 20
 """Of all referenced arguments of one call; beyond that the worker reads those over `SMALL_ARGUMENT_BYTES` itself."""
 SMALL_ARGUMENT_BYTES: Final = 100
@@ -62,6 +66,8 @@ class CoreRuntime(Waiting):
 
     Attributes:
         nesting: of the calls that are submitted from here.
+        inherited: the strategy of tasks and actors that are given none: that of a placement group, while code runs that
+            captures what it makes. One instance for each group, so that a comparison of identities tells.
         leave_actor: what `exit_actor()` does; None outside of an actor.
         find_parent: `Call.started` of the call that the calling code belongs to; None in a driver.
     """
@@ -69,6 +75,8 @@ class CoreRuntime(Waiting):
     def __init__(self, *, worker_id: bytes, token: bytes, is_driver: bool, name: str) -> None:
         super().__init__(worker_id=worker_id, token=token, is_driver=is_driver, name=name)
         self.nesting = OUTERMOST
+        self.inherited = Strategy()
+        self._inheritable = {b"": self.inherited}
         self.leave_actor: Callable[[], None] | None = None
         self.find_parent: Callable[[], float] | None = None
         self.canceller = Canceller(self)
@@ -76,6 +84,8 @@ class CoreRuntime(Waiting):
         self.actors = ActorManager(self)
         self.on_actor_update = self.actors.update
         self.on_cancel_call = self.canceller.asked
+        self.groups = GroupManager(self)
+        self.on_group_changed = self.groups.heard
         self.on_lease_message = lambda message: self.tasks.from_agent(self.tasks.local, message)
         self._submitted: collections.deque[TaskRun] = collections.deque()
         self._draining = False
@@ -99,15 +109,32 @@ class CoreRuntime(Waiting):
 
     # ------------------------------------------------------------------------------------------------- submitting
 
+    def inherit(self, group: bytes) -> None:
+        """Code begins to run that captures what it makes in this placement group (b"": in none)."""
+        found = self._inheritable.get(group)
+        if found is None:
+            found = self._inheritable[group] = Strategy("group", group=group, capture=True)
+        self.inherited = found
+
     def bind(self, template: TaskTemplate) -> Bound:
         """Pickle the function once per template.
 
         Raises:
             UnserializableError; ValueError when the code is too large.
         """
+        known: Bound | None = template.bound
+        if known is not None and known.runtime is not self:
+            known = None
+        strategy = self.inherited if template.inherits else template.strategy
+        variants = known.variants if known is not None else {}
+        variant = variants.get(strategy.group)
+        if variant is not None:
+            variant.place = self.inherited
+            template.bound = variant
+            return variant
         function = template.function
         name = getattr(function, "__qualname__", None) or template.name
-        code = self.pack_code(function, f"the function {template.name}")
+        code = known.code if known is not None else self.pack_code(function, f"the function {template.name}")
         bound = Bound(
             self,
             template.name,
@@ -118,7 +145,7 @@ class CoreRuntime(Waiting):
                 self.job_id,
                 template.resources,
                 template.name,
-                strategy=template.strategy,
+                strategy=strategy,
                 env_vars=template.env_vars,
                 retriable=template.max_retries != 0,
             ),
@@ -129,6 +156,10 @@ class CoreRuntime(Waiting):
             priority=template.priority,
             stream=template.stream,
         )
+        if len(variants) >= MAX_VARIANTS:
+            variants.clear()
+        variants[strategy.group] = bound
+        bound.place, bound.variants = self.inherited, variants
         template.bound = bound
         return bound
 
@@ -147,7 +178,7 @@ class CoreRuntime(Waiting):
 
     def submit_task(self, template: TaskTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = template.bound
-        if bound is None or bound.runtime is not self:
+        if bound is None or bound.place is not self.inherited:
             bound = self.bind(template)
         counter = next(self.counter)
         if bound.num_returns == 1:
@@ -214,6 +245,14 @@ class CoreRuntime(Waiting):
             text = f"{run.bound.name}.remote(): the handle is of a session that has ended ({LEFT})"
             raise exceptions.ActorHandleNotFoundError(f"{text}; make the actor, or look it up, in this one")
         raise exceptions.LocalAgentDiedError(self.closed)
+
+    def new_promise(self, bound: Bound, keeper: Any) -> ObjectRef[Any]:
+        """A ref to what no task makes: the `keeper` finishes its run, and says why one waits. Any thread."""
+        run = TaskRun(next(self.counter), bound, None, self.nesting)
+        run.client = keeper
+        ref: ObjectRef[Any] = ObjectRef(self.prefix + run.counter.to_bytes(8, "little") + _FIRST, self.node_id)
+        run.refs, ref.task = ref, run
+        return ref
 
     def _make_refs(self, counter: int, count: int) -> list[ObjectRef[Any]] | None:
         if count == 0:

@@ -120,7 +120,10 @@ class CallRunner:
         call.started = begin
         thread = threading.get_ident()
         self.calls[thread] = call  # from here on it can be cancelled
-        self.runtime.nesting = target.nesting
+        runtime = self.runtime
+        runtime.nesting = target.nesting
+        if target.captured != runtime.inherited.group and self.actor is None:
+            runtime.inherit(target.captured)
         timed = target.template.timeout_s
         interrupts = self.endings.interrupts
         called = returned = 0.0

@@ -274,6 +274,8 @@ class Executor:
         if not options.is_async and (options.max_concurrency > 1 or options.groups):
             kind = ThreadedActor
         actor = kind(self.runner, begin, options)
+        self.runtime.inherit(begin.spec.strategy.group if begin.spec.strategy.capture else b"")
+        self.runtime.groups.owner_actor = begin.spec.actor_id if begin.spec.detached else b""
         self._actor = self.runner.actor = self.runner.endings.actor = actor
         self.runner.queue.put(None)  # the main thread stops taking tasks
 
@@ -303,18 +305,23 @@ class Executor:
         cancelled = None if isinstance(actor, AsyncActor) else self.runner.is_cancelled()
         task_id = b""
         name = function_name = ""
+        group, captures = b"", False
+        if actor is not None:
+            group, captures = actor.spec.strategy.group, actor.spec.strategy.capture
         assigned = dict(actor.spec.resources) if actor is not None else {}
         if call is not None:
             task_id = make_task_id(call.caller.prefix, call.message.counter)
             name, function_name = call.target.template.name, call.target.template.function_name
             assigned = assigned or dict(call.target.template.resources)
+            if actor is None:
+                group, captures = call.target.template.placement_group, call.target.template.captures
         return ContextData(
             job_id=runtime.job_id, node_id=runtime.node_id, worker_id=runtime.worker_id, task_id=task_id,
             task_name=name, function_name=function_name, actor_id=actor.spec.actor_id if actor else b"",
             actor_name=actor.spec.name if actor else "", namespace=runtime.job.namespace, node_ip=runtime.node_ip,
             control_address=runtime.node_address, session_dir=runtime.session_dir, assigned=assigned,
             devices=self._devices, restarts=actor.restarts if actor else 0, env_vars=self._env_vars, is_driver=False,
-            actor_handle=actor.spec.handle if actor else b"", is_cancelled=cancelled,
+            actor_handle=actor.spec.handle if actor else b"", is_cancelled=cancelled, group=group, captures=captures,
         )  # fmt: skip
 
 

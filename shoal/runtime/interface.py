@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shoal.control.messages import ActorInfo, JobInfo, MetricRow, StatusReply
+from shoal.control.messages import ActorInfo, GroupInfo, GroupSpec, JobInfo, MetricRow, StatusReply
 from shoal.scheduling.views import Amounts, Strategy
 
 if TYPE_CHECKING:
@@ -55,12 +55,14 @@ class TaskTemplate:
         timeout_s: how long a call may run, 0.0 for ever.
         env_vars: of the task's runtime_env, merged over the job's.
         priority: among what waits, higher first; None is that of the task it is submitted from, else 0.
+        inherits: no strategy was given, so that it runs in the placement group of who submits it, if that captures.
     """
 
     __slots__ = (
         "bound",
         "env_vars",
         "function",
+        "inherits",
         "max_calls",
         "max_retries",
         "name",
@@ -88,9 +90,11 @@ class TaskTemplate:
         env_vars: Mapping[str, str] | None = None,
         priority: int | None = None,
         stream: StreamOptions | None = None,
+        inherits: bool = False,
     ) -> None:
         self.priority = priority
         self.function = function
+        self.inherits = inherits
         self.name = name
         self.num_returns = num_returns
         self.resources = resources
@@ -136,6 +140,7 @@ class ActorTemplate:
         "get_if_exists",
         "groups",
         "handle",
+        "inherits",
         "is_async",
         "max_concurrency",
         "max_restarts",
@@ -171,9 +176,11 @@ class ActorTemplate:
         env_vars: Mapping[str, str] | None = None,
         handle: bytes = b"",
         priority: int | None = None,
+        inherits: bool = False,
     ) -> None:
         self.priority = priority
         self.cls = cls
+        self.inherits = inherits
         self.methods = dict(methods)
         self.resources = resources
         self.placement = placement
@@ -254,11 +261,39 @@ class ContextData:
     is_driver: bool = True
     actor_handle: bytes = b""  # of the current actor, as `ActorTemplate.handle`
     is_cancelled: bool | None = None  # the current call is to end; None where nobody can say
+    group: bytes = b""  # the placement group that this code runs in
+    captures: bool = False  # what it makes runs there too, unless told otherwise
+
+
+class Groups(Protocol):
+    """Placement groups. All methods may be called from any thread."""
+
+    @property
+    def owner_actor(self) -> bytes:
+        """The detached actor that this process is, with which the groups that it makes end."""
+
+    def create(self, spec: GroupSpec) -> None:
+        """Raises ValueError: the name is taken."""
+
+    def remove(self, group_id: bytes) -> None: ...
+    def find(self, group_id: bytes, name: str = "", namespace: str | None = None) -> GroupInfo:
+        """By id, or by name in a namespace (None: this job's). Raises ValueError: there is none."""
+
+    def all(self) -> list[GroupInfo]:
+        """Those that exist, and those removed that are still remembered."""
+
+    def is_created(self, group_id: bytes) -> bool:
+        """As far as this process knows."""
+
+    def ready(self, group_id: bytes, value: bytes) -> ObjectRef[Any]:
+        """A reference that gets `value` (a flat value) when all bundles have their places."""
 
 
 class Runtime(Protocol):
     """All methods may be called from any thread and raise `shoal.exceptions`."""
 
+    @property
+    def groups(self) -> Groups: ...
     @property
     def job(self) -> JobInfo: ...
     def submit_task(self, template: TaskTemplate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...

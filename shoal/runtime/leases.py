@@ -168,6 +168,7 @@ class SchedulingClass:
         self.elsewhere: dict[AgentLink, int] = {}  # leases that other agents were asked for, granted ones included
         self.reason: WaitReason | None = None
         self.held_up = False  # a worker handed calls back: others would run them sooner
+        self.removed = ""  # the placement group is gone, and why
         self._pumping = False
 
     def add(self, run: TaskRun) -> None:
@@ -184,6 +185,8 @@ class SchedulingClass:
     def pump(self) -> None:
         """Send what can be sent, and settle how many leases are wanted."""
         self._pumping = False
+        if self.removed:
+            self._fail(self.queue)
         if self.queue:
             self._fill()
         self._demand()
@@ -347,6 +350,18 @@ class SchedulingClass:
         if lease.verdict_timer is not None:
             lease.verdict_timer.cancel()
 
+    def group_removed(self, why: str) -> None:
+        """What is queued fails, and what comes; what runs fails when its worker has ended."""
+        self.removed = self.removed or why
+        self.pump_soon()
+
+    def _fail(self, runs: collections.deque[TaskRun] | list[TaskRun]) -> None:
+        """The placement group of these calls was removed."""
+        while runs:
+            run = runs.pop()
+            text = f"{run.bound.name} was to run in a placement group that does not exist any more: {self.removed}"
+            self.tasks.runtime.fail_with(run, exceptions.TaskPlacementGroupRemoved(text))
+
     def lost(self, lease: Lease, exit: WorkerExit) -> None:
         """The lease's worker ended: what it ran is tried again where that is allowed, what it had not begun always is.
 
@@ -363,6 +378,9 @@ class SchedulingClass:
         lease.link.close()
         if lease.agent is not self.tasks.local and lease.agent in self.elsewhere:
             self.elsewhere[lease.agent] = max(0, self.elsewhere[lease.agent] - 1)
+        if exit.group_removed or self.removed:
+            self.removed = self.removed or exit.cause
+            self._fail(runs)
         if sure:
             pass
         elif runs and (len(runs) == 1 or runs[0].suspect or runs[0].bound.max_retries == 0):
@@ -434,7 +452,15 @@ class TaskManager:
         if cls is None:
             cls = self._classes[key] = SchedulingClass(self, len(self._by_id), spec)
             self._by_id.append(cls)
+            if spec.strategy.group:
+                cls.removed = self.runtime.groups.watch(spec.strategy.group)
         return cls
+
+    def group_removed(self, group: bytes, why: str) -> None:
+        """A placement group is gone: its calls fail."""
+        for cls in self._by_id:
+            if cls.spec.strategy.group == group:
+                cls.group_removed(why)
 
     def pump(self) -> None:
         dirty, self.dirty = self.dirty, []

@@ -43,6 +43,8 @@ class Template(Message, frozen=True, tag=301):
     retry_on: list[str] = []
     priority: int = 0
     group: str = ""
+    placement_group: bytes = b""  # that tasks run in; `captures`: what they make runs there too
+    captures: bool = False
 
 
 class Argument(Message, frozen=True, tag=302):

@@ -36,6 +36,8 @@ class Bound:
     Attributes:
         spec: None for a method of an actor.
         stream: how the results travel when they come one by one; None for all other calls.
+        place: what `CoreRuntime.inherited` was when this was made, or last used.
+        variants: of one template, by the placement group that its tasks inherit; shared by all of them.
         pace_s: how long a call takes, None until a worker said so.
         retry_on: errors of user code that are tried again, as `retrying.names_of` gives them.
         timeout_s: how long a call may run, 0.0 for ever.
@@ -55,6 +57,7 @@ class Bound:
         "name",
         "num_returns",
         "pace_s",
+        "place",
         "priority",
         "retried",
         "retry_on",
@@ -62,6 +65,7 @@ class Bound:
         "spec",
         "stream",
         "timeout_s",
+        "variants",
     )
 
     def __init__(
@@ -101,9 +105,14 @@ class Bound:
         self.stream = stream
         self.pace_s: float | None = None
         self.classes: dict[Any, Any] = {}  # by nesting, or nesting and node: scheduling classes
+        self.place: Any = None
+        self.variants: dict[bytes, Bound] = {}
 
     def template(self, template_id: int, nesting: Nesting) -> Template:
         resources = self.spec.resources if self.spec is not None else {}
+        placement_group, captures = (
+            (self.spec.strategy.group, self.spec.strategy.capture) if self.spec is not None else (b"", False)
+        )
         return Template(
             template_id,
             self.name,
@@ -119,6 +128,8 @@ class Bound:
             list(self.retry_on),
             nesting.settle(self.priority),
             self.group,
+            placement_group,
+            captures,
         )
 
 

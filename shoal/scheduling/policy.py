@@ -16,6 +16,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
+from shoal.scheduling.bundle_names import MARK, could_hold, join_name, parse_name
 from shoal.scheduling.labels import describe as describe_labels
 from shoal.scheduling.labels import matches
 from shoal.scheduling.resources import describe, describe_amount, fits, missing
@@ -71,8 +72,9 @@ def choose_node(
         elif not strategy.soft:
             return Infeasible(why_affinity_fails(demand, strategy, named))
     busy: dict[bytes, NodeView] = {}
+    large = nodes if strategy.kind != "group" else [node for node in nodes if could_hold(demand, node.total)]
     for labels in acceptable(strategy):
-        feasible = [node for node in nodes if _could_run(demand, labels, node)]
+        feasible = [node for node in large if _could_run(demand, labels, node)]
         fitting = [node for node in feasible if fits(demand, node.available)]
         if fitting:
             return _choose_among(demand, strategy, fitting, len(nodes), local, rng)
@@ -107,13 +109,18 @@ def acceptable(strategy: Strategy) -> list[dict[str, str]]:
 
 
 def can_ever_run(demand: Amounts, strategy: Strategy, node: NodeView) -> bool:
-    """Whether the node takes work, has the labels, and is large enough when nothing else runs there."""
+    """Whether the node takes work, has the labels, and is large enough when nothing else runs there.
+
+    In a placement group, `demand` is what `bundle_names.demand_on` makes of it.
+    """
     return preference(demand, strategy, node) is not None
 
 
 def preference(demand: Amounts, strategy: Strategy, node: NodeView) -> int | None:
     """0 for nodes of the first choice, 1 for those of the first fallback ...; None: it can never run there."""
     if node.draining or not fits(demand, node.total):
+        return None
+    if strategy.kind == "group" and not could_hold(demand, node.total):
         return None
     for rank, labels in enumerate(acceptable(strategy)):
         if not labels or matches(labels, node.labels):
@@ -201,6 +208,8 @@ def why_infeasible(demand: Amounts, strategy: Strategy, nodes: Sequence[NodeView
     """None of `nodes` can ever run `demand`: name the one thing a person would have to add."""
     if not nodes:
         return WaitReason("infeasible", "the cluster has no nodes")
+    if strategy.kind == "group":
+        return _why_no_bundle(demand, strategy, nodes)
     choices = acceptable(strategy)
     selective = all(choices)
     if selective:
@@ -227,6 +236,19 @@ def why_unavailable(demand: Amounts, named: NodeView) -> WaitReason:
     lacking = ", ".join(missing(demand, named.available)) or "room"
     node = f"node {named.node_id.hex()[:12]}, which it must run on,"
     return WaitReason("unschedulable", f"{node} has too little {lacking} free now, and it was told not to wait")
+
+
+def _why_no_bundle(demand: Amounts, strategy: Strategy, nodes: Sequence[NodeView]) -> WaitReason:
+    group = f"placement group {strategy.group.hex()[:12]}"
+    bundle = f"bundle {strategy.bundle} of {group}" if strategy.bundle >= 0 else group
+    mark = join_name(MARK, strategy.group, strategy.bundle)
+    if not any(mark in node.total for node in nodes):
+        return WaitReason("group_pending", f"{bundle} has no place yet")
+    needs = {part.resource: amount for name, amount in demand.items() if (part := parse_name(name)) is not None}
+    needs.pop(MARK, None)
+    subject = bundle if strategy.bundle >= 0 else f"no bundle of {group}"
+    verb = "does not have" if strategy.bundle >= 0 else "has"
+    return WaitReason("infeasible", f"{subject} {verb} {describe(needs)}")
 
 
 def why_affinity_fails(demand: Amounts, strategy: Strategy, named: NodeView | None) -> WaitReason:

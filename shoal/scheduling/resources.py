@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Final, SupportsFloat
 
+from shoal.scheduling.bundle_names import parse_name
 from shoal.scheduling.views import UNIT, Amounts
 
 MAX_AMOUNT: Final = 10**14
@@ -123,7 +124,11 @@ def missing(demand: Amounts, total: Amounts) -> dict[str, tuple[int, int]]:
 
 
 def describe_amount(name: str, amount: int) -> str:
-    """ "2 CPU", "0.5 GPU", "1.5 GiB memory"."""
+    """ "2 CPU", "0.5 GPU", "1.5 GiB memory", "1 CPU of placement group 0a1b2c3d4e5f"."""
+    part = parse_name(name)
+    if part is not None:
+        bundle = f"bundle {part.bundle} of " if part.bundle >= 0 else ""
+        return f"{describe_amount(part.resource, amount)} of {bundle}placement group {part.group[:12]}"
     if name in BYTE_RESOURCES:
         size = amount / UNIT
         for unit in ("B", "KiB", "MiB", "GiB"):
@@ -149,35 +154,43 @@ class DeviceSlots:
 
     Args:
         total: the node's amount of the resource, a whole number of devices.
+        numbers: for a part that was set aside: its devices, as `acquire(total)` gave them; the last one may be a
+            fraction.
     Raises:
-        ValueError: `total` is not whole.
+        ValueError: `total` is not whole, and no `numbers` are given.
     """
 
-    __slots__ = ("_free", "name")
+    __slots__ = ("_free", "_size", "name")
 
-    def __init__(self, name: str, total: int) -> None:
-        if total % UNIT or total < 0:
+    def __init__(self, name: str, total: int, numbers: list[int] | None = None) -> None:
+        if numbers is None and (total % UNIT or total < 0):
             raise ValueError(f"a node has a whole number of {name}, not {_trim(total / UNIT, 4)}")
         self.name = name
-        self._free = [UNIT] * (total // UNIT)
+        self._size = dict(self.parts(list(range(total // UNIT)) if numbers is None else numbers, total))
+        self._free = dict(self._size)
 
     @property
     def free(self) -> int:
         """Sum over all devices."""
-        return sum(self._free)
+        return sum(self._free.values())
+
+    @property
+    def numbers(self) -> list[int]:
+        return list(self._size)
 
     def used(self) -> list[int]:
-        """What is held of each device."""
-        return [UNIT - free for free in self._free]
+        """What is held of each device, in the order of `numbers`."""
+        return [size - self._free[number] for number, size in self._size.items()]
 
     def has_room(self, amount: int) -> bool:
         """Whether `acquire(amount)` would succeed; the sum alone does not tell: 0.5 + 0.5 of two devices is not 1."""
         whole, part = divmod(amount, UNIT)
+        free = list(self._free.values())
         if not part:
-            return self._free.count(UNIT) >= whole
-        if self._free.count(UNIT) > whole:
+            return free.count(UNIT) >= whole
+        if free.count(UNIT) > whole:
             return True
-        return self._free.count(UNIT) == whole and any(part <= free < UNIT for free in self._free)
+        return free.count(UNIT) == whole and any(part <= one < UNIT for one in free)
 
     def acquire(self, amount: int) -> list[int] | None:
         """Device numbers for `amount`, or None when it does not fit now.
@@ -190,10 +203,10 @@ class DeviceSlots:
         ids: list[int] = []
         shared = -1
         if part:  # before the whole ones: a partly used device is better than breaking another
-            fitting = [number for number, free in enumerate(self._free) if free >= part]
+            fitting = [number for number, free in self._free.items() if free >= part]
             shared = min(fitting, key=lambda number: (self._free[number], number))
             self._free[shared] -= part
-        for number, free in enumerate(self._free):
+        for number, free in self._free.items():
             if len(ids) == whole:
                 break
             if free == UNIT and number != shared:
@@ -211,7 +224,7 @@ class DeviceSlots:
         """
         parts = self.parts(ids, amount)
         for number, part in parts:
-            if not 0 <= number < len(self._free) or self._free[number] + part > UNIT:
+            if number not in self._free or self._free[number] + part > self._size[number]:
                 raise ValueError(f"{self.name} {number} is given back more often than it was taken")
         for number, part in parts:
             self._free[number] += part

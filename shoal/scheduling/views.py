@@ -18,8 +18,9 @@ Amounts = dict[str, int]
 class Strategy(msgspec.Struct, array_like=True, frozen=True):
     """Where a task or actor wants to run.
 
-    kind: "default" (hybrid: fill up, then spread), "spread", or "node" (affinity to `node_id`;
-    `soft` falls back to default when that node is gone or can never fit).
+    kind: "default" (hybrid: fill up, then spread), "spread", "node" (affinity to `node_id`;
+    `soft` falls back to default when that node is gone or can never fit), or "group" (inside the placement group
+    `group`: in its bundle number `bundle`, -1 for any; `capture`: what it makes runs there too, unless told otherwise).
     labels: selector (see `labels`) that a node must satisfy.
     fallbacks: selectors to go by instead, in order, where those before them find no room.
     when_busy: of "node": "" waits for room there, "spill" (soft) goes elsewhere, "fail" (hard) gives up.
@@ -31,6 +32,9 @@ class Strategy(msgspec.Struct, array_like=True, frozen=True):
     labels: dict[str, str] = {}
     fallbacks: list[dict[str, str]] = []
     when_busy: str = ""
+    group: bytes = b""
+    bundle: int = -1
+    capture: bool = False
 
     def key(self) -> bytes:
         """Equal for equal strategies."""
@@ -42,7 +46,7 @@ class WaitReason(msgspec.Struct, array_like=True, frozen=True):
 
     Codes: infeasible, unschedulable (it was told not to wait for that, so it fails), busy, arguments, worker_starting,
     node_starting, environment, owner_gone, connecting, actor_pending, actor_restarting, object_pending, store_full,
-    transfer.
+    transfer, group_pending.
     """
 
     code: str
@@ -68,3 +72,4 @@ class DemandReport(msgspec.Struct, array_like=True, frozen=True):
     reason: WaitReason
     since_unix_s: float
     job_id: bytes = b""
+    group: bytes = b""  # the placement group that it waits for room in

@@ -1,4 +1,5 @@
-"""Helpers built on the public API. Each is imported when it is first used."""
+"""Helpers built on the public API. Each is imported when it is first used, but for the function `placement_group`: it
+has the name of its module, and must not be replaced by that when the module is imported."""
 
 from __future__ import annotations
 
@@ -6,6 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.api.initialize import connected
 from shoal.runtime import slot
+from shoal.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 if TYPE_CHECKING:
     from shoal.util.actor_pool import ActorPool
@@ -17,17 +26,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActorPool",
+    "PlacementGroup",
     "ShoalExecutor",
     "as_completed",
     "deregister_serializer",
     "disable_log_once_globally",
     "enable_periodic_logging",
+    "get_current_placement_group",
     "get_node_ip_address",
+    "get_placement_group",
     "inspect_serializability",
     "list_named_actors",
     "log_once",
     "map_unordered",
+    "placement_group",
+    "placement_group_table",
     "register_serializer",
+    "remove_placement_group",
     "wait_for_nodes",
 ]
 

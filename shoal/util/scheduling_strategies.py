@@ -9,8 +9,10 @@ from shoal.api.strategies import (
     NodeAffinitySchedulingStrategy,
     NodeLabelSchedulingStrategy,
     NotIn,
+    PlacementGroupSchedulingStrategy,
 )
 
 __all__ = [
     "DoesNotExist", "Exists", "In", "NodeAffinitySchedulingStrategy", "NodeLabelSchedulingStrategy", "NotIn",
+    "PlacementGroupSchedulingStrategy",
 ]  # fmt: skip

@@ -133,7 +133,7 @@ def test_a_task_with_a_gpu_ends_its_worker() -> None:
         ({"fallback_strategy": {"label_selector": {}}}, TypeError, "a list of dicts"),
         ({"priority": 1.5}, TypeError, "whole number"),
         ({"priority": 2**40}, ValueError, "between"),
-        ({"placement_group": object()}, NotImplementedError, "placement_group"),
+        ({"placement_group": object()}, TypeError, "is what placement_group"),
         ({"runtime_env": {"pip": ["x"]}}, NotImplementedError, "pip"),
         ({"runtime_env": {"envvars": {}}}, ValueError, "Did you mean 'env_vars'?"),
         ({"runtime_env": {"env_vars": {"A": 1}}}, TypeError, "quote the value"),

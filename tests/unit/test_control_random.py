@@ -12,14 +12,20 @@ from hypothesis import strategies as st
 from shoal.control.messages import (
     ActorOutOfScope,
     CreateActor,
+    CreateGroup,
     GetStatus,
+    GroupSpec,
     KillActor,
     ListActors,
+    ListGroups,
+    RemoveGroup,
     UnwatchActor,
     WatchActor,
 )
 from shoal.control.settings import ControlSettings
 from shoal.control.simulated import SimAgent, SimCluster, SimProcess
+from shoal.scheduling.bundles import STRATEGIES, Assigned, BundleNeed, place_bundles
+from shoal.scheduling.policy import can_ever_run
 from shoal.scheduling.resources import fits, to_amounts
 from shoal.scheduling.views import Strategy
 
@@ -27,6 +33,7 @@ KINDS = (
     ["create"] * 6
     + ["step"] * 6
     + ["settle", "pass", "crash", "crash", "exit", "kill", "recycle", "scope", "watch", "unwatch"]
+    + ["group", "group", "remove group"]
     + ["node", "node dies", "node is cut off", "worker", "process dies", "driver", "driver dies", "busy", "idle"]
 )
 EVENTS = st.lists(
@@ -43,6 +50,7 @@ class World:
         self.cluster = SimCluster(seed, ControlSettings(max_dead_actors=20))
         self.processes: list[SimProcess] = []
         self.actors: list[bytes] = []
+        self.groups: list[bytes] = []
         self.add_driver(self.cluster.add_node(4))
 
     def add_driver(self, agent: SimAgent) -> None:
@@ -89,6 +97,11 @@ class World:
             return
         elif what == "create":
             self.create(process, lot)
+        elif what == "group":
+            self.create_group(process, lot)
+        elif what == "remove group":
+            if self.groups:
+                process.send(RemoveGroup(group_id=lot.choice(self.groups)))
         elif what == "kill":
             process.send(KillActor(actor_id=actor))
         elif what == "recycle":
@@ -121,6 +134,8 @@ class World:
             strategy = Strategy("node", node.node_id, soft=lot.random() < 0.5)
         elif lot.random() < 0.2:
             strategy = Strategy("spread")
+        elif lot.random() < 0.4 and self.groups:
+            strategy = Strategy("group", group=lot.choice(self.groups), bundle=lot.choice([-1, -1, 0, 1]))
         spec = process.spec(
             cls=lot.choice(["Counter"] * 4 + ["Gpu"] * 4 + ["Unknown"]),
             resources=to_amounts(lot.choice([{}, {}, {"CPU": 1}, {"CPU": 3}, {"GPU": 1}, {"GPU": 0.5, "CPU": 1}])),
@@ -131,6 +146,20 @@ class World:
         )
         process.send(CreateActor(rid=cluster.next_rid(), spec=spec, get_if_exists=lot.random() < 0.5))
         self.actors.append(spec.actor_id)
+
+    def create_group(self, process: SimProcess, lot: random.Random) -> None:
+        kinds: list[dict[str, float]] = [{"CPU": 1}, {"CPU": 1}, {"CPU": 2}, {"CPU": 1, "GPU": 1}]
+        spec = GroupSpec(
+            group_id=lot.randbytes(18),
+            job_id=process.job.job_id,
+            bundles=[to_amounts(lot.choice(kinds)) for _ in range(lot.randint(1, 3))],
+            strategy=lot.choice(STRATEGIES),
+            name=lot.choice(["", "", "", "g"]),
+            detached=lot.random() < 0.2,
+            actor_id=lot.choice(self.actors) if self.actors and lot.random() < 0.1 else b"",
+        )
+        process.send(CreateGroup(rid=self.cluster.next_rid(), spec=spec))
+        self.groups.append(spec.group_id)
 
     def forget(self, agent: SimAgent) -> None:
         self.processes = [process for process in self.processes if process.agent is not agent]
@@ -159,18 +188,43 @@ class World:
             for agent in cluster.agents.values()
             for actor_id, (incarnation, _) in agent.running.items()
         }
+        groups = cluster.tool(ListGroups(rid=1))[0].groups  # type: ignore[attr-defined]
+        living = [group for group in groups if group.state != "REMOVED"]
+        assert {
+            (group.spec.group_id, index, node_id)
+            for group in living
+            for index, node_id in enumerate(group.nodes)
+            if node_id
+        } == {(*key, agent.node_id) for agent in cluster.agents.values() for key in agent.bundles}, (
+            "a bundle is left behind, or was not made"
+        )
+        for agent in cluster.agents.values():
+            assert agent.committed == set(agent.bundles)
+            assert all(amount >= 0 for amount in agent.available.values()), "a node is over-committed"
+        views = [agent.view() for agent in cluster.agents.values()]
+        for group in living:
+            assert (group.state == "CREATED") == all(group.nodes)
+            if group.state != "CREATED":
+                assert group.reason is not None
+                kept = {index: node_id for index, node_id in enumerate(group.nodes) if node_id}
+                needs = [BundleNeed(bundle) for bundle in group.spec.bundles]
+                plan = place_bundles(needs, group.spec.strategy, views, kept=kept)
+                assert not isinstance(plan, Assigned), "it waits and there is room"
         names = Counter((actor.namespace, actor.name) for actor in listed if actor.name)
         assert all(count == 1 for count in names.values())
         for line in cluster.state._lives._room.lines():
             named = line.spec.strategy.node_id if line.spec.strategy.kind == "node" else None
             for agent in cluster.agents.values():
-                if named is None or agent.node_id == named:
+                if (named is None or agent.node_id == named) and can_ever_run(
+                    line.need, line.spec.strategy, agent.view()
+                ):
                     assert not fits(line.need, agent.available), f"{line.need} waits and {agent.available} is idle"
         status = cluster.tool(GetStatus(rid=1))[0]
         assert {node.node_id for node in status.nodes if node.alive} == {  # type: ignore[attr-defined]
             agent.node_id for agent in cluster.agents.values()
         }
         waiting = sum(actor.state in ("pending", "restarting") for actor in listed)
+        waiting += sum(group.state != "CREATED" for group in living)
         assert sum(demand.count for demand in status.demands) == waiting  # type: ignore[attr-defined]
         assert all(actor.reason is not None for actor in listed if actor.state != "alive")
 
@@ -202,7 +256,7 @@ def test_a_long_and_busy_life(seed: int) -> None:
 def test_all_is_given_back_when_everybody_leaves() -> None:
     world = World(5)
     lot = random.Random(6)
-    kinds = ["create", "step", "crash", "watch", "worker", "driver", "node", "kill"]
+    kinds = ["create", "step", "crash", "watch", "worker", "driver", "node", "kill", "group"]
     for _ in range(2000):
         world.happen(lot.choice(kinds), lot)
     cluster = world.cluster
@@ -211,8 +265,13 @@ def test_all_is_given_back_when_everybody_leaves() -> None:
         cluster.tool(KillActor(rid=1, actor_id=actor.actor_id))
     for process in list(world.processes):
         process.die()
+    for group_id in world.groups:
+        cluster.tool(RemoveGroup(rid=1, group_id=group_id))
     cluster.advance(5)
     state = cluster.state
+    assert (len(state._groups._groups), len(state._groups._waiting), state._groups._names) == (0, 0, {})
+    assert (state._groups._watchers, state._groups._of_job, state._groups._of_actor) == ({}, {}, {})
+    assert all(agent.bundles == {} for agent in cluster.agents.values())
     state.check_invariants()
     lives = state._lives
     assert (len(lives._actors), len(lives._room), len(lives._names), len(state._processes)) == (0, 0, 0, 0)

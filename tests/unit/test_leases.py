@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import Bundle as HypothesisBundle
+from hypothesis.stateful import RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from shoal.node import leases as module
 from shoal.node.cluster_view import DEDUCT_FOR_S
@@ -1056,6 +1057,13 @@ def test_a_decision_costs_the_same_however_long_the_queue_is(classes: int, monke
     assert len(looked) == 20
 
 
+GROUPS = [b"g" * 18, b"h" * 18]
+
+
+def in_group(number: int, bundle: int = -1) -> Strategy:
+    return Strategy("group", group=GROUPS[number], bundle=bundle)
+
+
 OWNERS = [b"o1", b"o2", b"o3"]
 SPECS = [
     spec(),
@@ -1072,6 +1080,10 @@ SPECS = [
     spec(strategy=Strategy("node", b"b")),
     spec(strategy=Strategy("node", b"here")),
     spec(strategy=Strategy("node", b"gone", True)),
+    spec(strategy=in_group(0)),
+    spec(strategy=in_group(0, 0), CPU=0.5, GPU=0.5),
+    spec(strategy=in_group(1), CPU=2),
+    spec(strategy=in_group(1, 1), GPU=1, depth=1),
     spec(strategy=Strategy(labels={"zone": "eu"})),
     spec(job=b"job1"),
     spec(priority=1),
@@ -1082,11 +1094,14 @@ SPECS = [
 ]
 
 
+BUNDLES = [to_amounts({"CPU": 1}), to_amounts({"CPU": 2, "GPU": 1}), to_amounts({"CPU": 0.5, "GPU": 0.5})]
+
+
 class Books(RuleBasedStateMachine):
     """Any order of inputs, and a model of what may come out."""
 
-    leases = Bundle("leases")
-    actors = Bundle("actors")
+    leases = HypothesisBundle("leases")
+    actors = HypothesisBundle("actors")
 
     @initialize()
     def start(self) -> None:
@@ -1097,6 +1112,22 @@ class Books(RuleBasedStateMachine):
         self.held: dict[int, tuple[bytes, int]] = {}
         self.reasons: dict[tuple[bytes, int], WaitReason] = {}
         self.next_actor = 0
+        self.set_aside: dict[tuple[bytes, int], dict[str, int]] = {}
+        self.committed: set[bytes] = set()
+
+    def teardown(self) -> None:
+        """Whatever happened: when all have left, all is free, and no bundle is left behind."""
+        if not hasattr(self, "scheduler"):
+            return
+        for group in GROUPS:
+            self.scheduler.close_bundles(group, [0, 1, 2])
+        for lease in self.held:
+            self.scheduler.release(lease)
+        for actor in list(self.scheduler._actors):
+            self.scheduler.release_actor(actor)
+        self.scheduler.check_invariants()
+        assert self.scheduler.available == self.scheduler.total == to_amounts({"CPU": 4, "GPU": 2, "x": 1})
+        assert not list(self.scheduler._bundles)
 
     @rule(
         owner=st.sampled_from(OWNERS),
@@ -1145,6 +1176,7 @@ class Books(RuleBasedStateMachine):
                     before[d.owner, d.class_id] -= 1
                     self.held[d.lease_id] = (d.owner, d.class_id)
                     granted.append(d.lease_id)
+                    self.expect_it_is_in_its_bundle(d.lease_id, demand.strategy)
                     priorities.append(demand.priority)
                     order.setdefault(demand.job_id, []).append((demand.priority, demand.depth))
                 case Redirect():
@@ -1185,7 +1217,7 @@ class Books(RuleBasedStateMachine):
                 cls = self.scheduler._owners[key[0]].classes[key[1]]
                 plan = self.scheduler._plan(cls.shape)
                 crowded = cls.shape.light and self.scheduler._slots <= 0
-                has_room = self.scheduler._books.has_room(cls.shape.demand) and not crowded
+                has_room = self.scheduler._has_room(cls.shape) and not crowded
                 assert not (plan.here and has_room), "it fits and waits"
 
     def expect_nothing_was_kept_that_fits_elsewhere(self, limited: bool) -> None:
@@ -1226,11 +1258,50 @@ class Books(RuleBasedStateMachine):
             if demand.job_id == job:
                 self.demands[key] = (0, demand, redirected)
 
-    @rule(target=actors, hold=st.sampled_from([{}, {"CPU": UNIT}, {"GPU": 5_000}, {"x": UNIT, "CPU": 0}]))
-    def acquire_actor(self, hold: dict[str, int]) -> object:
+    def expect_it_is_in_its_bundle(self, lease: int, strategy: Strategy) -> None:
+        bundle = self.scheduler._leases[lease].holding.bundle
+        if strategy.kind != "group":
+            assert bundle is None
+            return
+        key = (bundle.group, bundle.index)
+        assert key in self.set_aside
+        assert key[0] in self.committed
+        assert bundle.group == strategy.group
+        assert strategy.bundle in (-1, bundle.index)
+
+    @rule(group=st.sampled_from(GROUPS), index=st.integers(0, 1), resources=st.sampled_from(BUNDLES))
+    def prepare(self, group: bytes, index: int, resources: dict[str, int]) -> None:
+        wanted = {i: resources for i in (index, 2) if (group, i) not in self.set_aside}
+        before = dict(self.scheduler.available)
+        if self.scheduler.prepare_bundles(group, wanted):
+            self.set_aside |= {(group, i): resources for i in wanted}
+        else:
+            assert self.scheduler.available == before, "all or nothing"
+
+    @rule(group=st.sampled_from(GROUPS))
+    def commit(self, group: bytes) -> None:
+        self.scheduler.commit_bundles(group)
+        self.committed.add(group)
+
+    @rule(group=st.sampled_from(GROUPS), indices=st.sampled_from([[0], [1], [0, 1, 2]]))
+    def close(self, group: bytes, indices: list[int]) -> None:
+        ending = self.scheduler.close_bundles(group, indices)
+        assert set(ending) <= self.held.keys()
+        assert all(self.scheduler.was_closed(lease) for lease in ending)
+        for index in indices:
+            self.set_aside.pop((group, index), None)
+        if not any(key[0] == group for key in self.set_aside):
+            self.committed.discard(group)
+
+    @rule(
+        target=actors,
+        hold=st.sampled_from([{}, {"CPU": UNIT}, {"GPU": 5_000}, {"x": UNIT, "CPU": 0}]),
+        strategy=st.sampled_from([Strategy(), Strategy(), in_group(0), in_group(1, 0)]),
+    )
+    def acquire_actor(self, hold: dict[str, int], strategy: Strategy) -> object:
         self.next_actor += 1
         name = b"actor%d" % self.next_actor
-        devices = self.scheduler.acquire_actor(name, {"CPU": UNIT} | hold, hold)
+        devices = self.scheduler.acquire_actor(name, {"CPU": UNIT} | hold, hold, strategy)
         if devices is None:
             return multiple()
         assert len(devices.get("GPU", [])) == ("GPU" in hold)
@@ -1247,10 +1318,15 @@ class Books(RuleBasedStateMachine):
     @invariant()
     def books_agree(self) -> None:
         self.scheduler.check_invariants()
+        here = {(bundle.group, bundle.index) for bundle in self.scheduler._bundles if bundle not in self.closing()}
+        assert here == set(self.set_aside)
         assert set(self.scheduler._leases) == set(self.held)
         waiting = sum(self.scheduler.unmet(*key) for key in self.demands)
         assert sum(report.count for report in self.scheduler.demand_reports(self.now)) == waiting
         assert self.scheduler.is_waiting == (waiting > 0)
+
+    def closing(self) -> set[object]:
+        return set(self.scheduler._bundles._closing)
 
 
 TestBooks = Books.TestCase
