@@ -105,44 +105,56 @@ class GroupLives:
     # ---------------------------------------------------------------------------------------------- what is asked
 
     def create(self, origin: Origin, job_id: bytes, request: CreateGroup) -> None:
+        """Who wants no answer hears of a refusal as of a removal: it watches the group."""
         spec, group_id = request.spec, request.spec.group_id
-        self._watch(origin, group_id)
         known = self._groups.get(group_id)
         if known is not None:
+            self._watch(origin, group_id)
             self._outbox.answer(origin, request, GroupReply(group=known.info()))
             return
         job = self._jobs.find(JobId(spec.job_id))
         if job is None or not (job.running or spec.detached or spec.actor_id):
-            self._outbox.refuse(origin, request, "not_found", f"job {spec.job_id.hex()} has ended")
+            self._refuse(origin, request, "not_found", f"job {spec.job_id.hex()} has ended")
             return
         if spec.actor_id and not self._actors.is_living(spec.actor_id):
             text = f"the actor that makes it ({spec.actor_id.hex()}) has ended"
-            self._outbox.refuse(origin, request, "not_found", text)
+            self._refuse(origin, request, "not_found", text)
             return
         if len(self._groups) >= self._settings.max_groups:
             text = f"the cluster has {len(self._groups):,} placement groups, which is its limit"
-            self._outbox.refuse(origin, request, "limit", text)
+            self._refuse(origin, request, "limit", text)
             return
         spec = msgspec.structs.replace(spec, namespace=spec.namespace or job.info.namespace)
         if spec.name:
             if (spec.namespace, spec.name) in self._names:
                 text = f"the name {spec.name!r} is taken in namespace {spec.namespace!r} by a placement group; "
                 text += "choose another name, or use get_placement_group() to share it"
-                self._outbox.refuse(origin, request, "name_taken", text)
+                self._refuse(origin, request, "name_taken", text)
                 return
             self._names[spec.namespace, spec.name] = group_id
         group = self._groups[group_id] = GroupRecord(spec, self._outbox.now, self._outbox.unix())
+        self._watch(origin, group_id)
         if spec.actor_id:
             self._of_actor.setdefault(spec.actor_id, set()).add(group_id)
         elif not spec.detached:
             self._of_job.setdefault(spec.job_id, set()).add(group_id)
         self._wait(group)
         self._try(group)
-        self._outbox.answer(origin, request, GroupReply(group=group.info()))
+        if request.rid:
+            self._outbox.answer(origin, request, GroupReply(group=group.info()))
+
+    def _refuse(self, origin: Origin, request: CreateGroup, kind: str, text: str) -> None:
+        if request.rid:
+            self._outbox.refuse(origin, request, kind, text)
+        else:
+            text = f"the placement group was not created: {text}"
+            self._outbox.tell(origin, GroupChanged(request.spec.group_id, "REMOVED", text))
 
     def remove(self, origin: Origin, job_id: bytes, request: RemoveGroup) -> None:
         group = self._groups.get(request.group_id)
         if group is not None:
+            if not request.rid:
+                self._unwatch(origin, request.group_id)  # it knows
             self._remove(group, "it was removed with remove_placement_group()")
         self._outbox.answer(origin, request, Done())
 

@@ -491,13 +491,15 @@ class ListMetrics(Request, frozen=True, tag=177):
 
 
 class CreateGroup(Request, frozen=True, tag=170):
-    """Answered by `GroupReply`; `Failed` kind "name_taken", "limit". Who creates a group watches it."""
+    """Answered by `GroupReply`; `Failed` kind "name_taken", "limit". Who creates a group watches it, and when it has
+    given no `rid` hears of a refusal as of a removal."""
 
     spec: GroupSpec = msgspec.field(default_factory=lambda: GroupSpec(b"", b"", []))
 
 
 class RemoveGroup(Request, frozen=True, tag=171):
-    """Answered by `Done`, also when there is no such group (any more). Its tasks and actors end."""
+    """Answered by `Done`, also when there is no such group (any more). Its tasks and actors end. Who gives no `rid`
+    does not hear of it."""
 
     group_id: bytes = b""
 

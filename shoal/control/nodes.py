@@ -44,7 +44,8 @@ class NodeRecord:
     )  # fmt: skip
 
     def __init__(self, info: NodeInfo, peer: int, index: int, now: float) -> None:
-        self.info = info
+        # Of its own: what bundles show is changed in place, since a node may show hundreds.
+        self.info = msgspec.structs.replace(info, total=dict(info.total), available=dict(info.available))
         self.peer = peer
         self.index = index
         self.heard_at = now
@@ -130,7 +131,7 @@ class NodeTable:
 
     def report(self, node: NodeRecord, report: NodeReport) -> bool:
         """Take the agent's word for what is free. Returns whether availability changed since its last word."""
-        total = add(node.base, report.bundles) if report.bundles else node.base
+        total = add(node.base, report.bundles)
         changed = report.available != node.info.available or total != node.info.total
         store = (report.store_used, report.store_spilled)
         if changed or store != (node.info.store_used, node.info.store_spilled):
@@ -170,23 +171,24 @@ class NodeTable:
     def book(self, node: NodeRecord, bundle: BundleKey, hold: Amounts) -> None:
         """A bundle is to be there."""
         node.bookings[bundle] = hold
-        self._set_free(node, subtract(node.free, hold))
+        _change(node.free, hold, -1)
 
     def unbook(self, node: NodeRecord, bundle: BundleKey) -> None:
         """It is not, after all; what the agent counted itself is freed by its next report."""
         booked = node.bookings.pop(bundle, None)
         if booked is not None:
-            self._set_free(node, add(node.free, booked))
+            _change(node.free, booked, 1)
 
     def show(self, node: NodeRecord, shown: Amounts, *, hide: bool = False) -> None:
         """The agent shows this of a bundle (or with `hide` not any more), and its reports will say so too."""
-        info, change = node.info, subtract if hide else add
-        total, available, free = (change(part, shown) for part in (info.total, info.available, node.free))
+        total = node.info.total
+        pictures = (total, node.info.available, node.free)
+        for amounts in pictures:
+            _change(amounts, shown, -1 if hide else 1)
         for name in shown:
             if total[name] <= 0:
-                del total[name], available[name], free[name]
-        node.info = msgspec.structs.replace(info, total=total, available=available)
-        self._set_free(node, free)
+                for amounts in pictures:
+                    del amounts[name]
 
     def _set_free(self, node: NodeRecord, free: Amounts) -> None:
         node.free = free
@@ -207,3 +209,8 @@ class NodeTable:
                 expected = subtract(expected, hold)
             names = expected.keys() | node.free.keys()
             assert all(expected.get(name, 0) == node.free.get(name, 0) for name in names)
+
+
+def _change(amounts: Amounts, by: Amounts, sign: int) -> None:
+    for name, amount in by.items():
+        amounts[name] = amounts.get(name, 0) + sign * amount

@@ -90,14 +90,8 @@ class GroupManager:
     # ------------------------------------------------------------------------------------------ the reactor's thread
 
     def _create(self, spec: GroupSpec) -> None:
-        group_id = spec.group_id
-        self._follow(group_id)
-
-        def answered(reply: Any) -> None:
-            if isinstance(reply, Failed) and reply.kind != "closed":
-                self.heard(GroupChanged(group_id, "REMOVED", f"the placement group was not created: {reply.text}"))
-
-        self._runtime.mail_control(control.CreateGroup(spec=spec), answered)
+        self._follow(spec.group_id)
+        self._runtime.tell_control(control.CreateGroup(spec=spec))
 
     def _remove(self, group_id: bytes) -> None:
         self._runtime.tell_control(control.RemoveGroup(group_id=group_id))
