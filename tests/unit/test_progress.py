@@ -123,7 +123,10 @@ def test_the_block_is_drawn_below_what_is_printed(monkeypatch: pytest.MonkeyPatc
         output._show_now([entry(1, "hello", BarState(1, "one", 2, 2, closed=True).line())], 0, False)
         with output.without_bars():
             os.write(slave, b"mine\n")
-        shown = os.read(master, 10_000).decode().replace("\r\n", "\n").split("\n")
+        printed = b""
+        while printed.count(b"\n") < 7:  # a terminal hands over what it has by now
+            printed += os.read(master, 10_000)
+        shown = printed.decode().replace("\r\n", "\n").split("\n")
     os.close(master)
     assert [line.partition("|")[0] for line in shown] == [
         "(f pid=1) one:  50%",
