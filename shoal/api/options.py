@@ -24,6 +24,7 @@ from shoal.api.strategies import (
 from shoal.api.words import did_you_mean, not_supported
 from shoal.runtime.interface import ActorRules, ActorTemplate, MethodTemplate, StreamOptions, TaskTemplate
 from shoal.runtime.messages import STREAMED
+from shoal.scheduling.bundle_names import parse_name
 from shoal.scheduling.resources import to_amounts
 from shoal.scheduling.views import Amounts, Strategy
 
@@ -64,6 +65,11 @@ def _resources(name: str, value: Any) -> dict[str, float] | None:
             raise ValueError(f"option 'resources' cannot have 'memory'; use memory={value[key]!r} (bytes) instead")
         if key == "object_store_memory":
             raise ValueError("option 'resources' cannot have 'object_store_memory'; tasks and actors do not reserve it")
+        if isinstance(key, str) and parse_name(key) is not None:
+            raise ValueError(
+                f"option 'resources' cannot have {key!r}, a part of a placement group; "
+                "use scheduling_strategy=PlacementGroupSchedulingStrategy(...)"
+            )
     to_amounts(value)
     return dict(value)
 

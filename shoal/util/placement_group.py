@@ -7,9 +7,11 @@ from typing import Any
 
 from shoal.api.initialize import connect_if_needed, connected
 from shoal.api.placement_group import PlacementGroup, PlacementGroupID
+from shoal.api.strategies import to_selector
 from shoal.api.words import not_supported
 from shoal.control.messages import GroupInfo, GroupSpec
 from shoal.objects.ids import UNIQUE_BYTES
+from shoal.scheduling.bundle_names import parse_name
 from shoal.scheduling.bundles import STRATEGIES
 from shoal.scheduling.resources import to_amounts, to_floats
 from shoal.scheduling.views import Amounts
@@ -151,6 +153,9 @@ def _check_bundles(bundles: Any) -> list[Amounts]:
             amounts = to_amounts(bundle)
         except ValueError as exc:
             raise ValueError(f"bundle {index}: {exc}") from None
+        of_group = next((name for name in amounts if parse_name(name) is not None), None)
+        if of_group is not None:
+            raise ValueError(f"bundle {index} asks for {of_group!r}, which is part of another placement group")
         if not amounts:
             raise ValueError(f"bundle {index} asks for nothing: {dict(bundle)}; leave it out")
         wanted.append(amounts)
@@ -176,9 +181,4 @@ def _check_labels(selectors: Any, count: int) -> list[dict[str, str]]:
         return []
     if not isinstance(selectors, Sequence) or len(selectors) != count:
         raise ValueError(f"bundle_label_selector has one dict for each of the {count} bundles, not {selectors!r}")
-    for selector in selectors:
-        if not isinstance(selector, Mapping) or not all(
-            isinstance(key, str) and isinstance(value, str) for key, value in selector.items()
-        ):
-            raise ValueError(f"a label selector is a dict of strings to strings, not {selector!r}")
-    return [dict(selector) for selector in selectors]
+    return [to_selector("bundle_label_selector", selector) for selector in selectors]

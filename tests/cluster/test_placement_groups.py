@@ -266,6 +266,7 @@ def test_wrong_input_gives_one_clear_line(local: ClusterContext) -> None:
         ([{"CPU": -1}], "bundle 0: the amount of CPU is negative"),
         ([3], "bundle 0 is a dict"),
         ("CPU", "bundles is a list of dicts"),
+        ([{"CPU_group_" + "0" * 36: 1}], "part of another placement group"),
     ]:
         with pytest.raises(ValueError, match=words):
             placement_group(bundles)  # type: ignore[arg-type]
@@ -275,6 +276,10 @@ def test_wrong_input_gives_one_clear_line(local: ClusterContext) -> None:
         placement_group([{"CPU": 1}], lifetime="forever")
     with pytest.raises(ValueError, match="goes with strategy='STRICT_PACK'"):
         placement_group([{"CPU": 1}], _soft_target_node_id="00")
+    with pytest.raises(ValueError, match="the condition 'a b' is none of"):
+        placement_group([{"CPU": 1}], bundle_label_selector=[{"zone": "a b"}])
+    with pytest.raises(ValueError, match="a part of a placement group"):
+        where_am_i.options(resources={"CPU_group_" + "0" * 36: 1})
     with pytest.raises(ValueError, match="one dict for each of the 1 bundles"):
         placement_group([{"CPU": 1}], bundle_label_selector=[{}, {}])
     group = placement_group([{"special": 1}, {"CPU": 0.5}])
