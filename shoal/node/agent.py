@@ -35,6 +35,7 @@ from shoal.node.messages import (
     ActorReady,
     AgentHello,
     Allocate,
+    BeginUses,
     BetweenAgents,
     Blocked,
     CancelCall,
@@ -51,6 +52,7 @@ from shoal.node.messages import (
     OwnerHello,
     ProcessRegistered,
     Publish,
+    ReadStates,
     RegisterDriver,
     Release,
     Resolve,
@@ -61,7 +63,6 @@ from shoal.node.messages import (
     Unblocked,
     Unpin,
     Unuse,
-    Use,
     WorkerBusy,
     WorkerExit,
     WorkerReady,
@@ -460,8 +461,10 @@ class Agent:
                 self.report_soon()
             case Publish():
                 objects.publish(who, message)
-            case Use():
-                objects.use(who, process.connection, message)
+            case BeginUses():
+                objects.begin_uses(who, process.connection, message)
+            case ReadStates():
+                objects.read_states(process.connection, message)
             case Unuse():
                 objects.unuse(who, message)
                 self.report_soon()

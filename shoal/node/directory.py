@@ -201,6 +201,11 @@ class Directory:
         else:
             entry.waiters[key] = answer
 
+    def find_state(self, object_id: bytes) -> ObjectState | None:
+        """The state if it is known and not PENDING."""
+        entry = self._entries.get(object_id)
+        return entry.view() if entry is not None and entry.state != PENDING else None
+
     def unwatch(self, object_id: bytes, key: WaiterKey) -> None:
         entry = self._entries.get(object_id)
         if entry is not None and entry.waiters.pop(key, None) is not None:

@@ -184,12 +184,24 @@ class Publish(Message, frozen=True, tag=214):
     state: ObjectState
 
 
-class Use(Request, frozen=True, tag=215):
-    """This process holds a ref to an object that it did not create (first use). Answered by `Done` when the home agent
-    has counted it."""
+class BeginUses(Request, frozen=True, tag=230):
+    """This process holds refs to objects that it did not create (first uses). Answered by `Done` when their homes have
+    counted all of them."""
 
-    object_id: bytes = b""
-    home: bytes = b""
+    objects: list[tuple[bytes, bytes]] = []  # (object id, home node id)
+
+
+class ReadStates(Request, frozen=True, tag=231):
+    """What is known of objects of this home, as far as they are ready. Answered at once by `States`: for those that are
+    not, and for those whose values would make the answer too long, the asker waits with a `Resolve` each."""
+
+    object_ids: list[bytes] = []
+
+
+class States(Reply, frozen=True, tag=232):
+    """In the order of the question; PENDING for those that are not told."""
+
+    states: list[ObjectState] = []
 
 
 class Unuse(Message, frozen=True, tag=216):
@@ -424,13 +436,14 @@ class ChunkHeader(Message, frozen=True, tag=281):
 
 FromProcess = (
     Done | Failed | RegisterDriver | WorkerReady | OwnerHello | LeaseDemand | ReturnLease | Blocked | Unblocked
-    | Allocate | Release | Seal | Resolve | CancelResolve | Unpin | Publish | Use | Unuse | ControlMail | ActorReady
-    | Leaving | WorkerBusy | CancelCall | RunsLong | GetTaskEvents | TaskEvents | HandOverEvents
+    | Allocate | Release | Seal | Resolve | CancelResolve | Unpin | Publish | BeginUses | ReadStates | Unuse
+    | ControlMail | ActorReady | Leaving | WorkerBusy | CancelCall | RunsLong | GetTaskEvents | TaskEvents
+    | HandOverEvents
 )  # fmt: skip
 ToProcess = (
     Done | Failed | JoinNode | ProcessRegistered | LeaseGranted | LeaseRedirected | LeaseWaiting | ReclaimLeases
     | LeaseLost | Allocated | Resolved | AssignJob | BeginActor | EndActor | MailFromControl | EndProcess
-    | CancelCall | GetTaskEvents | TaskEvents
+    | CancelCall | GetTaskEvents | TaskEvents | States
 )  # fmt: skip
 BetweenAgents = (
     Done | Failed | AgentHello | HolderChanged | CopyMade | CopyGone | DeleteCopy | AskState | StateReply

@@ -18,10 +18,12 @@ from shoal.exceptions import ShoalError
 from shoal.node.directory import Directory, Effects
 from shoal.node.messages import (
     LOST,
+    PENDING,
     STORED,
     Allocate,
     Allocated,
     AskState,
+    BeginUses,
     CancelResolve,
     CopyGone,
     CopyMade,
@@ -29,14 +31,15 @@ from shoal.node.messages import (
     HolderChanged,
     ObjectState,
     Publish,
+    ReadStates,
     Release,
     Resolve,
     Resolved,
     Seal,
     StateReply,
+    States,
     Unpin,
     Unuse,
-    Use,
 )
 from shoal.node.peers import Peers
 from shoal.node.spill_files import SpilledLostError, SpillFiles, Spot
@@ -52,6 +55,9 @@ logger = logging.getLogger(__name__)
 TRANSFER: Final = b"transfer"
 """Owner, in the store's books, of room that a pull fills and of pins while a copy is sent."""
 MAX_ATTEMPTS: Final = 3
+STATES_BYTES: Final = 8 << 20
+"""Of the values in one answer to `ReadStates`."""
+_NOT_TOLD: Final = ObjectState(PENDING)
 NEWS_S: Final = 1.0
 """When a source fails, control is often about to tell that its node died: how long to wait for that and ask again."""
 
@@ -346,13 +352,33 @@ class ObjectManager(Effects):
     def publish(self, process: bytes, message: Publish) -> None:
         self.directory.publish(message.object_id, process, message.state)
 
-    def use(self, process: bytes, connection: Connection, message: Use) -> None:
-        self.directory.use(message.object_id, message.home, process)
-        telling = self._telling.get(message.object_id)
-        if telling is None:
+    def begin_uses(self, process: bytes, connection: Connection, message: BeginUses) -> None:
+        telling = []
+        for object_id, home in message.objects:
+            self.directory.use(object_id, home, process)
+            if self._telling and object_id in self._telling:
+                telling.append(self._telling[object_id])
+        left = len(telling)
+
+        def told(_: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                connection.reply(message, Done())
+
+        for future in telling:
+            future.add_done_callback(told)
+        if not telling:
             connection.reply(message, Done())
-        else:
-            telling.add_done_callback(lambda _: connection.reply(message, Done()))
+
+    def read_states(self, connection: Connection, message: ReadStates) -> None:
+        states = []
+        size = 0
+        for object_id in message.object_ids:
+            state = self.directory.find_state(object_id)
+            size += len(state.payload) if state is not None else 0
+            states.append(state if state is not None and size <= STATES_BYTES else _NOT_TOLD)
+        connection.reply(message, States(states=states))
 
     def unuse(self, process: bytes, message: Unuse) -> None:
         for object_id, home in message.objects:

@@ -23,16 +23,17 @@ from shoal.node.messages import (
     STORED,
     Allocate,
     Allocated,
+    BeginUses,
     CancelResolve,
     ObjectState,
     Publish,
+    ReadStates,
     Release,
     Resolve,
     Resolved,
     Seal,
     Unpin,
     Unuse,
-    Use,
 )
 from shoal.objects.serialization import Serialized, deserialize, serialize
 from shoal.rpc.messages import Failed, Reply
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 
 INLINE_BYTES: Final = 100 * 1024
 """Larger values live in the store."""
+BATCH_FROM: Final = 16
+BATCH: Final = 5000
+"""Objects in one message: some 300 KB of ids."""
 PUT_INDEX: Final = bytes(4)
 
 
@@ -71,8 +75,9 @@ class References(NodeConnection):
         self._last_uses = LastUses()
         self._pins = LastUses()
         self._pinned: dict[int, LastUse] = {}  # by id(): a weak reference has the hash of what it refers to
+        self._unasked: list[LastUse] = []  # borrowed ones whose homes will be asked in this round
         self._uses_told = 0
-        self._uncounted: dict[int, None] = {}  # uses that their homes have not confirmed, by number, in order
+        self._uncounted: dict[int, None] = {}  # by the number of their first: uses that are not all counted, in order
         self._after_uses: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
         self._kept_for_good: list[Any] = []
 
@@ -170,9 +175,39 @@ class References(NodeConnection):
         if use is None or use() is not ref:
             self.learn(ref, error_state(foreign(ref)))
             return False
-        request = Resolve(object_id=ref.binary(), home=ref.home, fetch=False)
-        use.request = self.agent.request(request, lambda reply: self._resolved(use, reply))
+        if not self._unasked:
+            self.reactor.call_soon(self._ask_homes)
+        self._unasked.append(use)
         return True
+
+    def _ask_homes(self) -> None:
+        """Very many may be asked for at once: what the agent of this node knows already comes in few answers."""
+        uses, self._unasked = self._unasked, []
+        here = [use for use in uses if use.home == self.node_id] if len(uses) >= BATCH_FROM else []
+        for use in uses:
+            if not here or use.home != self.node_id:
+                self._ask_alone(use)
+        for start in range(0, len(here), BATCH):
+            part = here[start : start + BATCH]
+            self.agent.request(ReadStates(object_ids=[use.key for use in part]), partial(self._states_read, part))
+
+    def _states_read(self, uses: list[LastUse], reply: Any) -> None:
+        if isinstance(reply, Failed):
+            for use in uses:
+                self._resolved(use, reply)
+            return
+        for use, state in zip(uses, reply.states, strict=True):
+            ref = use()
+            if ref is None:
+                continue
+            if state.state == PENDING:
+                self._ask_alone(use)
+            else:
+                self.learn(ref, state)
+
+    def _ask_alone(self, use: LastUse) -> None:
+        request = Resolve(object_id=use.key, home=use.home, fetch=False)
+        use.request = self.agent.request(request, lambda reply: self._resolved(use, reply))
 
     def _resolved(self, use: LastUse, reply: Any) -> None:
         use.request = 0
@@ -288,7 +323,10 @@ class References(NodeConnection):
     def _tell_uses(self) -> None:
         """Tell the agent which uses ended and began, in the order in which that happened."""
         events, known = self._last_uses.gone, self._known
+        if not events:
+            return  # another call has told all
         ended: list[tuple[bytes, bytes]] = []
+        begun: list[tuple[bytes, bytes]] = []
         unseen: list[bytes] = []
         for _ in range(len(events)):
             event = events.popleft()
@@ -305,15 +343,22 @@ class References(NodeConnection):
             if ended:
                 self._end_uses(ended)
                 ended = []
-            self._uses_told += 1
-            self._uncounted[self._uses_told] = None
-            counted = partial(self._use_counted, self._uses_told)
-            self.agent.request(Use(object_id=event[0], home=event[1]), counted)
+            begun.append(event)
+        if begun:
+            self._begin_uses(begun)
         if ended:
             self._end_uses(ended)
         for note in unseen:
             if self.on_unseen_error is not None:
                 self.on_unseen_error(note)
+
+    def _begin_uses(self, begun: list[tuple[bytes, bytes]]) -> None:
+        for start in range(0, len(begun), BATCH):
+            part = begun[start : start + BATCH]
+            number = self._uses_told + 1
+            self._uses_told += len(part)
+            self._uncounted[number] = None
+            self.agent.request(BeginUses(objects=part), partial(self._use_counted, number))
 
     def _end_uses(self, ended: list[tuple[bytes, bytes]]) -> None:
         """Told when the uses begun before are counted: a ref taken out of a value must be, before the value may go."""
