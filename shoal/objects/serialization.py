@@ -39,6 +39,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
 from shoal.exceptions import UnserializableError
+from shoal.objects import libraries, loading
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -288,6 +289,7 @@ def _define_pickler() -> Callable[[Any, Callable[[pickle.PickleBuffer], bool]], 
         if copyreg.dispatch_table.get(cls) is not reducer:
             _reducers.setdefault(cls, reducer)
     get_reducer = _reducers.get
+    get_foreign_reducer = libraries.REDUCERS.get
     modules = sys.modules
 
     class ValuePickler(base):  # type: ignore[misc] # its base is imported late, so it is `Any` for the checker
@@ -307,8 +309,9 @@ def _define_pickler() -> Callable[[Any, Callable[[pickle.PickleBuffer], bool]], 
                     if module is not None and getattr(module, value.__qualname__, None) is value:
                         return NotImplemented  # importable by name, as the plain pickler will find as well
                 return base_reducer_override(self, value)
-            if cls.__module__ == "numpy" and cls.__name__ == "ndarray":
-                return _reduce_array(value)
+            reduce_foreign = get_foreign_reducer(cls.__module__)
+            if reduce_foreign is not None:
+                return reduce_foreign(value, self.__dict__.setdefault("stand_ins", {}))
             return NotImplemented
 
     def make(file: Any, buffer_callback: Callable[[pickle.PickleBuffer], bool]) -> _ValuePickler:
@@ -428,18 +431,6 @@ def _serialize_array(value: Any) -> Serialized | None:
     return Serialized(pickled, [buffer.raw() for buffer in buffers])
 
 
-def _reduce_array(array: Any) -> Any:
-    """Help numpy where it would copy the data into the pickle, from which it comes out writable and unaligned."""
-    dtype = array.dtype
-    if dtype.hasobject:
-        return NotImplemented
-    if dtype.kind in "mM":  # the buffer protocol has no dates: travel as integers
-        return type(array).view, (array.view("i8"), dtype)
-    if not array.flags.forc:
-        return array.copy().__reduce_ex__(_PROTOCOL)
-    return NotImplemented
-
-
 def deserialize(flat: bytes | memoryview) -> Any:
     """Rebuild a value from its flat form without copying its buffers.
 
@@ -450,7 +441,7 @@ def deserialize(flat: bytes | memoryview) -> Any:
         The value. What it was given as out-of-band buffers is read-only; `bytes` and `bytearray` are copies.
     Raises:
         ValueError: these bytes are no flat form, or not all of it.
-        Exception: what unpickling raises, as it is (a module that this node does not have, for one).
+        Exception: what unpickling raises (a module that this node does not have, for one), with a note on what it was.
     """
     if not flat:
         raise ValueError("no bytes to deserialize")
@@ -459,7 +450,11 @@ def deserialize(flat: bytes | memoryview) -> Any:
         if flat.format != "B" or flat.ndim != 1:
             flat = flat.cast("B")
     if flat[0] == _MAGIC_PLAIN:
-        return pickle.loads(flat)  # noqa: S301 # only authenticated peers get this far
+        try:
+            return pickle.loads(flat)  # noqa: S301 # only authenticated peers get this far
+        except Exception as exc:
+            loading.add_culprit(exc, flat, ())
+            raise
     if flat[0] != _MAGIC_BUFFERS:
         raise ValueError(f"not a serialized value: it begins with byte {flat[0]:#04x}")
     view = memoryview(flat).toreadonly()
@@ -479,4 +474,8 @@ def deserialize(flat: bytes | memoryview) -> Any:
         buffers.append(view[start:end])
     if size < end:
         raise ValueError(f"a serialized value was cut off after {size} bytes; it has {end}")
-    return pickle.loads(stream, buffers=buffers)  # noqa: S301 # as above
+    try:
+        return pickle.loads(stream, buffers=buffers)  # noqa: S301 # as above
+    except Exception as exc:
+        loading.add_culprit(exc, stream, buffers)
+        raise

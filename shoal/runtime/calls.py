@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shoal.node.messages import ERROR, INLINE, STORED, ObjectState, Resolved
 from shoal.objects.ids import task_prefix
+from shoal.objects.loading import add_place
 from shoal.objects.serialization import deserialize, serialize
 from shoal.rpc.messages import Failed
 from shoal.rpc.reactor import Channel
@@ -106,6 +107,13 @@ class Arrival:
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Unpickle them. What is not copied (arrays) pins its object until it is dropped."""
+        try:
+            return self._unpickled()
+        except Exception as exc:
+            add_place(exc, "the arguments")
+            raise
+
+    def _unpickled(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         message = self.message
         if not message.arguments:
             args = deserialize(message.args) if message.args else ()

@@ -37,6 +37,7 @@ from shoal.runtime.messages import Argument
 from shoal.runtime.nesting import OUTERMOST
 from shoal.runtime.object_ref import ObjectRef
 from shoal.runtime.references import INLINE_BYTES, error_state
+from shoal.runtime.repeated_arguments import RepeatedArguments
 from shoal.runtime.retrying import names_of
 from shoal.runtime.streams import Readers, Stream
 from shoal.runtime.task_run import CANCELLED_STAGES, Bound, Placeholder, TaskRun
@@ -88,6 +89,7 @@ class CoreRuntime(Waiting):
         self.on_group_changed = self.groups.heard
         self.on_lease_message = lambda message: self.tasks.from_agent(self.tasks.local, message)
         self._submitted: collections.deque[TaskRun] = collections.deque()
+        self._repeated = RepeatedArguments()
         self._draining = False
         self._drain_call = (self.drain, ())
         self._links: dict[bytes, WorkerLink] = {}
@@ -278,6 +280,9 @@ class CoreRuntime(Waiting):
             _blame_argument(run.bound.name, args, kwargs)
             raise
         if both is not None:
+            advice = self._repeated.look(run.bound.name, both)
+            if advice:
+                logger.warning("%s", advice)
             stored = self.put_serialized(both)
             run.packed = True
             dependencies.append(stored)

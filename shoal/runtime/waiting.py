@@ -24,6 +24,7 @@ from shoal.node.messages import (
     Resolved,
     Unblocked,
 )
+from shoal.objects.loading import add_place
 from shoal.objects.serialization import deserialize
 from shoal.rpc.messages import Failed
 from shoal.rpc.reactor import LEAD_S
@@ -223,11 +224,19 @@ class Waiting(References):
     def _value(self, ref: ObjectRef[Any], views: dict[bytes, memoryview]) -> Any:
         state = ref.state
         if state == INLINE:
-            return deserialize(ref.value)
-        if state == STORED:
+            flat: bytes | memoryview = ref.value
+        elif state == STORED:
             view = views.get(ref.binary())
-            return deserialize(view) if view is not None else self.get([ref], None)[0]
-        raise self.error_of(ref)
+            if view is None:
+                return self.get([ref], None)[0]
+            flat = view
+        else:
+            raise self.error_of(ref)
+        try:
+            return deserialize(flat)
+        except Exception as exc:
+            add_place(exc, self.what(ref))
+            raise
 
     def _wait_for_values(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None) -> dict[bytes, memoryview]:
         left = list({ref.binary(): ref for ref in refs if ref.state != INLINE}.values())
