@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.api.actor import ActorHandle, ClassInfo
 from shoal.api.initialize import connect_if_needed
@@ -11,6 +12,8 @@ from shoal.scheduling.resources import to_floats
 
 if TYPE_CHECKING:
     from shoal.runtime.interface import ContextData, Runtime
+
+T = TypeVar("T")
 
 
 class RuntimeContext:
@@ -67,7 +70,7 @@ class RuntimeContext:
         return to_floats(self._data.assigned)
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:
-        """Kind -> device numbers that the current task or actor may use."""
+        """Kind -> devices that the current task or actor may use."""
         found: dict[str, list[str]] = {"GPU": []}
         for kind, ids in self._data.devices.items():
             found[kind] = [str(number) for number in ids]
@@ -154,12 +157,43 @@ class RuntimeContext:
         ids |= {"task_id": data.task_id, "actor_id": data.actor_id}
         return {name: value.hex() for name, value in ids.items() if value} | {"namespace": data.namespace}
 
+    # What Ray has kept of its first names. Its ids are objects there and bytes here: `.hex()` works on both.
+
+    @property
+    def job_id(self) -> bytes:
+        return _deprecated("job_id", self._data.job_id)
+
+    @property
+    def node_id(self) -> bytes:
+        return _deprecated("node_id", self._data.node_id)
+
+    @property
+    def worker_id(self) -> bytes:
+        return _deprecated("worker_id", self._data.worker_id)
+
+    @property
+    def task_id(self) -> bytes | None:
+        return _deprecated("task_id", self._data.task_id or None)
+
+    @property
+    def actor_id(self) -> bytes | None:
+        return _deprecated("actor_id", self._data.actor_id or None)
+
+    def get_resource_ids(self) -> dict[str, list[str]]:
+        return _deprecated("resource_ids", self.get_accelerator_ids(), "get_accelerator_ids()")
+
+
+def _deprecated(name: str, value: T, instead: str = "") -> T:
+    warnings.warn(f"use {instead or f'get_{name}()'}, which gives text", DeprecationWarning, stacklevel=3)
+    return value
+
 
 def get_runtime_context() -> RuntimeContext:
     """Where the calling code runs: ids, node, resources. Connects if needed."""
     return RuntimeContext(connect_if_needed())
 
 
-def get_gpu_ids() -> list[int]:
-    """Numbers of the GPUs that the current task or actor may use; [] in a driver. Connects if needed."""
+def get_gpu_ids() -> list[int | str]:
+    """The GPUs that the current task or actor may use, by number, or by the name that CUDA_VISIBLE_DEVICES has for them
+    on this node; [] in a driver. Connects if needed."""
     return list(connect_if_needed().context().devices.get("GPU", ()))

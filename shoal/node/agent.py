@@ -383,6 +383,7 @@ class Agent:
         return ProcessRegistered(
             node_id=self.node_id, node_ip=settings.node_ip, node_address=settings.address, arena_path=self._arena.path,
             arena_capacity=settings.store_bytes, session_dir=settings.folder, job=job, node_total=settings.total,
+            node_labels=settings.labels, control_address=settings.control_address,
         )  # fmt: skip
 
     async def _register_driver(self, process: Process, message: RegisterDriver) -> None:

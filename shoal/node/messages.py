@@ -86,6 +86,8 @@ class ProcessRegistered(Reply, frozen=True, tag=201):
     session_dir: str = ""
     job: JobInfo | None = None
     node_total: Amounts = {}
+    node_labels: dict[str, str] = {}
+    control_address: str = ""  # of the head
 
 
 class WorkerReady(Message, frozen=True, tag=222):

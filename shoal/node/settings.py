@@ -9,7 +9,8 @@ import socket
 import msgspec
 
 from shoal.exceptions import ShoalError
-from shoal.scheduling.labels import check_labels
+from shoal.node import accelerators
+from shoal.scheduling.labels import ACCELERATOR_TYPE, check_labels
 from shoal.scheduling.resources import to_amounts
 from shoal.scheduling.views import Amounts
 
@@ -108,9 +109,12 @@ def detect_capacity(options: NodeOptions) -> Capacity:
         "object_store_memory": store,
         f"node:{options.node_ip}": 1.0,
     }
-    gpus = _gpus() if options.num_gpus is None else options.num_gpus
+    found = accelerators.here() if options.num_gpus is None or options.num_gpus else accelerators.Gpus(0, "")
+    gpus = found.number if options.num_gpus is None else options.num_gpus
     if gpus:
         amounts["GPU"] = gpus
+        if found.kind:
+            amounts[f"accelerator_type:{found.kind}"] = 1.0
     if options.head:
         amounts["node:__internal_head__"] = 1.0
     try:
@@ -118,7 +122,8 @@ def detect_capacity(options: NodeOptions) -> Capacity:
     except (TypeError, ValueError) as exc:
         raise ShoalError(f"the node's resources: {exc}") from exc
     try:
-        labels = {**_machine_labels(), **check_labels(options.labels)}
+        kind = {ACCELERATOR_TYPE: found.kind} if gpus and found.kind else {}
+        labels = {**_machine_labels(), **kind, **check_labels(options.labels)}
     except (TypeError, ValueError) as exc:
         raise ShoalError(f"the node's labels: {exc}") from exc
     return Capacity({name: amount for name, amount in total.items() if amount}, store, labels)
@@ -171,17 +176,6 @@ def _shared_memory_free() -> int:
     except OSError:
         return 1 << 62
     return max(stat.f_bavail * stat.f_frsize, MIN_STORE_BYTES * 2)
-
-
-def _gpus() -> float:
-    """GPUs this process may see: CUDA_VISIBLE_DEVICES where set, else the NVIDIA driver's own list."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return float(len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")]))
-    try:
-        return float(len(os.listdir("/proc/driver/nvidia/gpus")))
-    except OSError:
-        return 0.0
 
 
 def host_name() -> str:

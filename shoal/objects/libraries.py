@@ -95,15 +95,10 @@ def _load_bytes(buffer: Any) -> Any:
     view = memoryview(buffer)
     if not view.nbytes:
         return torch.empty(0, dtype=torch.uint8)
-    if os.environ.get(ZERO_COPY_VARIABLE, "") in ("1", "true"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "not writable": that was asked for
-            return torch.frombuffer(view, dtype=torch.uint8)
-    from shoal.objects.serialization import copy_bytes
-
-    own = torch.empty(view.nbytes, dtype=torch.uint8)
-    copy_bytes(memoryview(own.numpy()), view.cast("B"))
-    return own
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "not writable"
+        shared = torch.frombuffer(view, dtype=torch.uint8)
+    return shared if os.environ.get(ZERO_COPY_VARIABLE, "") in ("1", "true") else shared.clone()
 
 
 def _load_tensor(

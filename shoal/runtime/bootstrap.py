@@ -42,7 +42,6 @@ class DriverRuntime(CoreRuntime):
         self.lifeline = -1
         self.output: DriverOutput | None = None
         self.logging: logging.Handler | None = None
-        self.control_address = ""
         self.describe_context = self._context
         self._used_workers = False
         self.on_notice = self._show_notice
@@ -53,7 +52,7 @@ class DriverRuntime(CoreRuntime):
         return ContextData(
             job_id=self.job_id, node_id=self.node_id, worker_id=self.worker_id, namespace=self.job.namespace,
             node_ip=self.node_ip, control_address=self.control_address, session_dir=self.session_dir,
-            env_vars=self.job.env_vars,
+            env_vars=self.job.env_vars, node_labels=self.node_labels,
         )  # fmt: skip
 
     def _show_notice(self, notice: Notice) -> None:

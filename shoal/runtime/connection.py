@@ -103,6 +103,8 @@ class NodeConnection:
         self.node_ip = ""
         self.node_address = ""
         self.node_total: dict[str, int] = {}
+        self.node_labels: dict[str, str] = {}
+        self.control_address = ""
         self.session_dir = ""
         self.job = control.JobInfo(b"", "", b"", b"")
         self.job_id = b""
@@ -173,6 +175,7 @@ class NodeConnection:
         """On the reactor's thread: what comes next from the agent may need all of this."""
         self.node_id, self.node_ip, self.node_address = answer.node_id, answer.node_ip, answer.node_address
         self.session_dir, self.node_total = answer.session_dir, answer.node_total
+        self.node_labels, self.control_address = answer.node_labels, answer.control_address
         self._arena_path, self._arena_capacity = answer.arena_path, answer.arena_capacity
         if answer.job is not None:
             self.set_job(answer.job)

@@ -24,7 +24,7 @@ from shoal.objects.ids import make_task_id
 from shoal.rpc.frames import make_decoder
 from shoal.rpc.messages import Done, Hello
 from shoal.rpc.reactor import Acceptor, Channel
-from shoal.runtime import job_logging, worker_exit
+from shoal.runtime import devices, job_logging, worker_exit
 from shoal.runtime.actor_client import ActorOptions
 from shoal.runtime.actor_host import ActorInstance, SequentialActor, ThreadedActor
 from shoal.runtime.async_actor import AsyncActor
@@ -70,7 +70,7 @@ class Executor:
         self._end_cause: str | None = None  # the actor is to end when those have come
         self._watching = False
         self._told_of = 0.0  # when the call began of which the agent was told last that it runs long
-        self._devices: dict[str, list[int]] = {}
+        self._devices: dict[str, list[int | str]] = {}
         self._env_vars: dict[str, str] = {}
         runtime.on_agent_message = self._from_agent
         runtime.before_blocking = self._hand_back_queue
@@ -245,12 +245,12 @@ class Executor:
     def _assign(self, message: AssignJob) -> None:
         """From now on this worker serves one job: make its environment that of the job's driver."""
         self.runtime.set_job(message.job)
-        self._devices, self._env_vars = message.devices, message.env_vars
+        self._env_vars = message.env_vars
         for name, value in message.env_vars.items():
             os.environ[name] = os.path.expandvars(value)
-        gpus = message.devices.get("GPU")
-        if gpus is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = _visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        gpus = message.devices.get("GPU", [])
+        self._devices = {"GPU": devices.names_of(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))} if gpus else {}
+        os.environ.update(devices.settings_for(gpus, os.environ))
         for path in reversed(message.job.sys_path):
             if path not in sys.path:
                 sys.path.insert(0, path)
@@ -301,7 +301,8 @@ class Executor:
 
     def context(self) -> ContextData:
         """Of the calling thread or task."""
-        runtime, call, actor = self.runtime, self.runner.current_call(), self._actor
+        runtime, actor = self.runtime, self._actor
+        call = self.runner.current_call() or self.runner.running  # a thread that user code made is part of its call
         cancelled = None if isinstance(actor, AsyncActor) else self.runner.is_cancelled()
         task_id = b""
         name = function_name = ""
@@ -319,7 +320,8 @@ class Executor:
             job_id=runtime.job_id, node_id=runtime.node_id, worker_id=runtime.worker_id, task_id=task_id,
             task_name=name, function_name=function_name, actor_id=actor.spec.actor_id if actor else b"",
             actor_name=actor.spec.name if actor else "", namespace=runtime.job.namespace, node_ip=runtime.node_ip,
-            control_address=runtime.node_address, session_dir=runtime.session_dir, assigned=assigned,
+            control_address=runtime.control_address, node_labels=runtime.node_labels, session_dir=runtime.session_dir,
+            assigned=assigned,
             devices=self._devices, restarts=actor.restarts if actor else 0, env_vars=self._env_vars, is_driver=False,
             actor_handle=actor.spec.handle if actor else b"", is_cancelled=cancelled, group=group, captures=captures,
         )  # fmt: skip
@@ -333,9 +335,3 @@ def _tell(production: Production, message: Consumed | StopStream | Arrived) -> N
             production.stop()
         case Arrived():
             production.answered()
-
-
-def _visible(numbers: list[int], allowed: str | None) -> str:
-    """The devices with these numbers, in the names that this machine gives them."""
-    names = [name.strip() for name in allowed.split(",") if name.strip()] if allowed else []
-    return ",".join(names[number] if number < len(names) else str(number) for number in numbers)

@@ -255,7 +255,7 @@ class ContextData:
     control_address: str = ""
     session_dir: str = ""
     assigned: Amounts = field(default_factory=dict)
-    devices: Mapping[str, Sequence[int]] = field(default_factory=dict)  # "GPU" -> device numbers
+    devices: Mapping[str, Sequence[int | str]] = field(default_factory=dict)  # "GPU" -> the node's names for them
     restarts: int = 0  # of the current actor
     env_vars: Mapping[str, str] = field(default_factory=dict)
     is_driver: bool = True

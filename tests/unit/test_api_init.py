@@ -225,7 +225,7 @@ SIGNATURES = {
     "cluster_resources": "() -> 'dict[str, float]'",
     "get": "(refs: 'Any', *, timeout: 'float | None' = None) -> 'Any'",
     "get_actor": "(name: 'str', namespace: 'str | None' = None) -> 'ActorHandle[Any]'",
-    "get_gpu_ids": "() -> 'list[int]'",
+    "get_gpu_ids": "() -> 'list[int | str]'",
     "get_runtime_context": "() -> 'RuntimeContext'",
     "init": "(address: 'str | None' = None, *, num_cpus: 'float | None' = None, num_gpus: 'float | None' = None, "
     "resources: 'Mapping[str, float] | None' = None, labels: 'Mapping[str, str] | None' = None, "
