@@ -270,6 +270,33 @@ def test_wait_takes_generators_and_references_together(tmp_path: Path) -> None:
         shoal.wait([late, late])
 
 
+def test_a_task_reads_a_generator_and_is_one_itself() -> None:
+    @shoal.remote(num_cpus=1)
+    def doubled(n: int) -> Iterator[int]:
+        for ref in count.options(_generator_backpressure_num_objects=2).remote(n):
+            yield 2 * shoal.get(ref)
+
+    streams = [doubled.remote(20) for _ in range(3)]  # more than there are CPUs: those who wait lend theirs
+    assert [[shoal.get(ref) for ref in stream] for stream in streams] == [list(range(0, 40, 2))] * 3
+
+
+def test_an_event_loop_may_give_up_waiting(tmp_path: Path) -> None:
+    @shoal.remote
+    def gated() -> Iterator[int]:
+        wait_until((tmp_path / "go").exists, 20.0)
+        yield 2
+
+    async def main() -> list[int]:
+        stream = gated.remote()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(stream), 0.01)
+        (tmp_path / "go").touch()
+        return [await ref async for ref in stream]
+
+    assert asyncio.run(main()) == [2]
+
+
 def test_an_event_loop_reads_several_at_once() -> None:
     async def total(stream: ObjectRefGenerator[int]) -> int:
         return sum([await ref async for ref in stream])
@@ -314,6 +341,17 @@ def test_references_in_items_outlive_their_maker() -> None:
     for i, ref in enumerate(stream):
         _, large = shoal.get(ref)
         assert shoal.get(large)[0] == i
+
+
+def test_many_megabytes_of_small_items() -> None:
+    """More than may be on its way unanswered."""
+
+    @shoal.remote
+    def flood(n: int) -> Iterator[bytes]:
+        for i in range(n):
+            yield bytes([i % 256]) * 90_000
+
+    assert [shoal.get(ref)[-1] for ref in flood.remote(300)] == [i % 256 for i in range(300)]
 
 
 def test_large_items_leave_their_maker_and_are_freed_when_read() -> None:
@@ -411,6 +449,27 @@ def test_generator_methods_keep_the_order_of_calls() -> None:
     assert shoal.get(list(stream)) == list(range(1, 10))
     assert shoal.get(after) == 5
     assert [shoal.get(ref) for ref in shoal.get(maker.upto.options(num_returns="dynamic").remote(1))] == [6]
+
+
+def test_threads_of_an_actor_pause_one_by_one() -> None:
+    maker = Maker.options(max_concurrency=2).remote()
+    paused = maker.slow_reader.remote(5)
+    assert shoal.get(next(paused)) == 0
+    assert shoal.get(list(maker.upto.remote(3))) == [1, 2, 3]
+    assert shoal.get(list(paused)) == [1, 2, 3, 4]
+
+
+def test_an_actor_that_restarts_goes_on_where_it_was(tmp_path: Path) -> None:
+    @shoal.remote(max_restarts=1, max_task_retries=1)
+    class Dying:
+        def dies_once(self, path: Path, n: int, at: int) -> Iterator[int]:
+            yield from dies_once(path, n, at)
+
+    path = tmp_path / "runs"
+    stream = Dying.remote().dies_once.remote(path, 20, 10)
+    before = [shoal.get(next(stream)) for _ in range(10)]
+    path.with_suffix(".kill").touch()
+    assert before + [shoal.get(ref) for ref in stream] == list(range(20))
 
 
 def test_methods_of_a_handle_that_travelled_stream_too() -> None:
