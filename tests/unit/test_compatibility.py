@@ -64,10 +64,8 @@ def test_every_line_is_true(section: str) -> None:
 def check(section: str, name: str, text: str) -> str:
     """What is wrong with a line, "" for nothing."""
     kind, remark = page.verdict(text)
-    if kind == "not yet":
-        return ""  # SOFT: while parts land side by side
-    if kind == "better" and not remark:
-        return "it does not say how"
+    if kind != "same" and not remark:
+        return f"it does not say {'how' if kind == 'better' else 'why'}"
     if section in OPTIONS:
         return _agree(kind, _option_works(OPTIONS[section], name))
     if section == "arguments of ray.init":
