@@ -13,6 +13,7 @@ from shoal.cli.words import size_text, span_text
 from shoal.control.messages import GetStatus, NodeInfo, ProcessReply, StatusReply
 from shoal.exceptions import ClusterNotFoundError
 from shoal.scheduling.bundle_names import MARK, parse_name
+from shoal.scheduling.labels import NODE_ID
 from shoal.scheduling.resources import BYTE_RESOURCES, describe, to_floats
 
 if TYPE_CHECKING:
@@ -213,10 +214,11 @@ def _nodes_table(nodes: list[NodeInfo]) -> RenderableType:
 
 def _details(node: NodeInfo, now_unix_s: float) -> str:
     marks = ", ".join(name for name in sorted(node.total) if name.startswith("node:"))
+    labels = {name: value for name, value in node.labels.items() if name != NODE_ID}  # the id is there already
     facts = [
         f"host {node.hostname}, agent's pid {node.pid}, up {span_text(now_unix_s - node.started_unix_s)}",
         f"  used {_used(node.total, node.available)}" + (f"; {marks}" if marks else ""),
-        f"  labels {', '.join(f'{key}={value}' for key, value in sorted(node.labels.items())) or 'none'}",
+        f"  labels {', '.join(f'{key}={value}' for key, value in sorted(labels.items())) or 'none'}",
         f"  id {node.node_id.hex()}",
     ]
     return f"[bold]{_id(node.node_id)}[/bold] " + "\n".join(map(_safe, facts))

@@ -70,7 +70,7 @@ from shoal.node.messages import (
 from shoal.node.object_manager import ObjectManager
 from shoal.node.peers import Peers
 from shoal.node.settings import AgentSettings
-from shoal.node.spill_files import SpillFiles, open_folder
+from shoal.node.spill_files import SpillFiles, open_folder, spill_prefix
 from shoal.node.task_events import EventCollector
 from shoal.node.transfer import Puller, TransferServer
 from shoal.node.workers import CLOSED, Worker, WorkerPool
@@ -142,7 +142,7 @@ class Agent:
         self.objects = ObjectManager(
             settings.node_id, arena, settings.store_bytes, peers, self._puller, self.cluster.address_of,
             self._alive.__contains__, lambda actor_id: self.tell_control(control.ActorOutOfScope(actor_id)),
-            SpillFiles([open_folder(where) for where in settings.spill], settings.node_id.hex()[:12]),
+            SpillFiles([open_folder(where) for where in settings.spill], spill_prefix(settings.node_id)),
         )  # fmt: skip
         self.events = EventCollector(
             settings.node_id, self.pool.workers, lambda: [view.node_id for view in self.cluster.views], peers

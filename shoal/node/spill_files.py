@@ -184,6 +184,26 @@ def open_folder(where: str) -> Folder:
         raise ValueError(f"cannot spill objects to {where!r}: {exc}") from exc
 
 
+def spill_prefix(node_id: bytes) -> str:
+    """Of the names of a node's files: nodes may share a folder."""
+    return f"shoal-{node_id.hex()[:16]}"
+
+
+def sweep_folder(where: str, prefix: str) -> None:
+    """Remove what a node that has ended left in a local folder: it may not have had the time."""
+    if not prefix or ("://" in where and not where.startswith("file://")):
+        return
+    folder = LocalFolder(where.removeprefix("file://"))
+    try:
+        names = os.listdir(folder.where)
+    except OSError:
+        return  # it was never made
+    for name in names:
+        if name.startswith(f"{prefix}-"):
+            folder.remove(name)
+    folder.close()
+
+
 def check_folder(where: str) -> None:
     """Raises ShoalError when objects cannot be spilled there, as far as can be told without writing."""
     try:
@@ -204,7 +224,7 @@ class SpillFiles:
 
     def __init__(self, folders: Sequence[Folder], prefix: str) -> None:
         self.folders = list(folders)
-        self._prefix = prefix  # of names: nodes may share a folder
+        self._prefix = prefix
         self._numbers = itertools.count(1)
         self._live: set[_File] = set()
 
@@ -224,6 +244,7 @@ class SpillFiles:
                 troubles.append(f"{folder.where}: {exc.strerror or exc}")
                 continue
             file = _File(folder, name, len(views))
+            self._live.add(file)  # whatever becomes of the writer's task
             ends = list(itertools.accumulate(view.nbytes for view in views))
             return [Spot(file, end - view.nbytes, view.nbytes) for end, view in zip(ends, views, strict=True)]
         size = sum(view.nbytes for view in views)
@@ -239,10 +260,6 @@ class SpillFiles:
             spot.file.folder.read(spot.file.name, spot.position + start, target)
         except (OSError, EOFError) as exc:
             raise SpilledLostError(f"its file {spot.file.folder.where}/{spot.file.name} cannot be read: {exc}") from exc
-
-    def keep(self, spots: Sequence[Spot]) -> None:
-        """The spots of one `write` are in use."""
-        self._live.update(spot.file for spot in spots)
 
     def forget(self, spot: Spot) -> _File | None:
         """The copy is not wanted any more; the file that is to be removed if it was the last one in it."""

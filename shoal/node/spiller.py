@@ -90,7 +90,6 @@ class Spiller:
             return
         store.trouble = ""
         self._wrote_at = self._loop.time()
-        self._files.keep(spots)
         logger.debug("spilled copies=%s bytes=%s", len(batch), sum(view.nbytes for view in views))
         store.be_patient(self._loop.time())
         for (object_id, _), spot in zip(batch, spots, strict=True):
@@ -175,11 +174,13 @@ class Spiller:
             logger.warning("cannot remove a file of spilled objects: %s", exc)
 
     def close(self) -> None:
-        """The node ends: wait for what is being written or read, and remove all files."""
+        """The node ends: remove all files, those too that are being written or read. The supervisor removes what is
+        left if that takes too long."""
         for task in self._writing:
             task.cancel()
         if self._retry is not None:
             self._retry.cancel()
+        self._files.close()
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._writers.shutdown(wait=True, cancel_futures=True)
         for text in self._files.close():

@@ -42,7 +42,7 @@ from shoal.node.processes import (
     set_title,
 )
 from shoal.node.settings import AgentSettings, NodeOptions, detect_capacity
-from shoal.node.spill_files import check_folder
+from shoal.node.spill_files import check_folder, spill_prefix, sweep_folder
 from shoal.node.zygote import RunWorker, run_zygote
 from shoal.objects.arena import Arena
 from shoal.objects.ids import new_node_id
@@ -79,6 +79,7 @@ class Supervisor:
         self._options = options
         self._children: dict[int, str] = {}
         self._stopping = ""
+        self._node_id = b""
         self.failed = False  # a child ended that should not have
         base = session.base_folder(options.temp_dir)
         session.sweep(base)
@@ -135,7 +136,7 @@ class Supervisor:
                 run_control(token_bytes, control_socket, settings, lambda: ready(""))
 
             self._fork_and_wait("control", control)
-        node_id = new_node_id()
+        node_id = self._node_id = new_node_id()
         agent_settings = AgentSettings(
             node_id=node_id,
             token=token_bytes,
@@ -292,6 +293,8 @@ class Supervisor:
             for pid in [pid for pid, child in self._children.items() if child == name]:
                 self._end_child(pid, deadline)
         end_children(ORPHANS_S)
+        for where in self._options.spill:
+            sweep_folder(where, spill_prefix(self._node_id))
         self.folder.remove_traces()
 
     def _end_child(self, pid: int, deadline: float) -> None:

@@ -161,7 +161,7 @@ def test_a_node_is_what_its_options_say(home: Home) -> None:
     store = 64 << 20
     wanted = {"CPU": 2, "GPU": 1, "shelf": 2, "license": 0.5, "memory": (3 << 30) - store, "object_store_memory": store}
     assert {name: head["total"][name] for name in wanted} == wanted
-    assert head["labels"] == {"zone": "a", "disk": "ssd"}
+    assert head["labels"] == {"zone": "a", "disk": "ssd", "ray.io/node-id": head["node_id"]}
     assert head["store_capacity_bytes"] == store
     assert data["resources"]["total"]["CPU"] == 4
     assert (data["demands"], data["actors"], data["address"]) == ([], {}, home.head["address"])

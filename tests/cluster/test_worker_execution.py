@@ -121,11 +121,11 @@ def test_nesting_of_calls_reaches_tasks_and_actors() -> None:
     @shoal.remote
     class Deep:
         def depth(self) -> int:
-            return slot.current.depth  # type: ignore[union-attr]
+            return slot.current.nesting.depth  # type: ignore[union-attr]
 
     @shoal.remote
     def depth(more: int) -> int:
-        found: int = shoal.get(depth.remote(more - 1)) if more else slot.current.depth  # type: ignore[union-attr]
+        found: int = shoal.get(depth.remote(more - 1)) if more else slot.current.nesting.depth  # type: ignore[union-attr]
         return found
 
     assert shoal.get(depth.remote(0)) == 1

@@ -21,6 +21,7 @@ from shoal.node.spill_files import (
     Spot,
     check_folder,
     open_folder,
+    sweep_folder,
 )
 
 
@@ -51,7 +52,6 @@ def test_a_batch_is_one_file_and_each_copy_is_found_in_it(
     files = SpillFiles([LocalFolder(str(folder))], "node")
     written = views(*sizes)
     spots = files.write(written, 0)
-    files.keep(spots)
     assert len(names(folder)) == 1
     assert [read(files, spot) for spot in spots] == [bytes(view) for view in written]
     for number, spot in enumerate(spots):
@@ -76,8 +76,6 @@ def test_a_file_goes_with_its_last_copy(tmp_path: Path) -> None:
     files = SpillFiles([LocalFolder(str(tmp_path))], "node")
     first = files.write(views(10, 20, 30), 0)
     second = files.write(views(40), 0)
-    files.keep(first)
-    files.keep(second)
     assert files.forget(first[1]) is None
     assert files.forget(first[0]) is None
     file = files.forget(first[2])
@@ -145,7 +143,7 @@ def test_a_damaged_file_is_a_lost_copy_that_names_it(tmp_path: Path, damage: str
 def test_what_is_not_ours_in_a_folder_stays(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     files = SpillFiles([LocalFolder(str(tmp_path))], "node")
-    files.keep(files.write(views(10), 0))
+    files.write(views(10), 0)
     assert files.close() == []
     assert names(tmp_path) == ["mine"]
 
@@ -156,7 +154,6 @@ def test_any_place_that_fsspec_knows_will_do() -> None:
     files = SpillFiles([open_folder("memory://spilled/here")], "node")
     written = views(1000, 0, 2000)
     spots = files.write(written, 0)
-    files.keep(spots)
     assert [read(files, spot) for spot in spots] == [bytes(view) for view in written]
     memory = fsspec.filesystem("memory")
     assert len(memory.ls("/spilled/here")) == 1
@@ -167,6 +164,15 @@ def test_any_place_that_fsspec_knows_will_do() -> None:
     assert memory.ls("/spilled/here") == []
     with pytest.raises(SpilledLostError, match="memory://spilled/here"):
         read(files, spots[0])
+
+
+def test_a_sweep_takes_the_files_of_one_node(tmp_path: Path) -> None:
+    for prefix in ("shoal-aa", "shoal-ab"):
+        SpillFiles([LocalFolder(str(tmp_path))], prefix).write(views(10), 0)
+    (tmp_path / "shoal-aa.txt").write_text("mine")
+    sweep_folder(str(tmp_path), "shoal-aa")
+    assert names(tmp_path) == ["shoal-aa.txt", "shoal-ab-1"]
+    sweep_folder(str(tmp_path / "never made"), "shoal-aa")
 
 
 def test_files_of_a_file_url_are_local(tmp_path: Path) -> None:
