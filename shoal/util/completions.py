@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from shoal.api.initialize import connect_if_needed
-from shoal.exceptions import ShoalError
+from shoal.exceptions import LocalAgentDiedError, ShoalError
+from shoal.runtime import slot
 
 if TYPE_CHECKING:
     from shoal.runtime.object_ref import ObjectRef
@@ -51,6 +52,17 @@ class Completions:
                 self._thread.start()
             self._changed.notify()
         self._arrivals.add([ref])
+
+    def check_connected(self) -> None:
+        """A call now would go to the cluster that this began with, and not make the program connect to another one.
+
+        Raises: LocalAgentDiedError: it would not.
+        """
+        if slot.current is not self._runtime:
+            raise LocalAgentDiedError("the cluster that this belongs to is not connected any more")
+
+    def cancel(self, ref: ObjectRef[Any], *, recursive: bool = True) -> None:
+        self._runtime.cancel(ref, force=False, recursive=recursive)
 
     def finish(self) -> None:
         """Let the thread end when nothing is being watched any more."""

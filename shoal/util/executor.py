@@ -17,11 +17,11 @@ from itertools import chain, islice
 from types import FunctionType
 from typing import Any, Final, TypeVar
 
-from shoal.api.calls import cancel
 from shoal.api.cluster import cluster_resources
 from shoal.api.initialize import connect_if_needed
 from shoal.api.remote_function import RemoteFunction
 from shoal.api.signatures import ASYNC_GENERATOR, COROUTINE, GENERATOR, code_flags
+from shoal.rpc.held_signals import HeldSignals
 from shoal.runtime.object_ref import ObjectRef
 from shoal.util.completions import Completions, Read
 
@@ -141,7 +141,7 @@ class _Desk:
         with self._changed:
             running = list(self._running.values())
         for ref in running:
-            cancel(ref)
+            self._completions.cancel(ref)
 
     def _end_when_idle(self) -> None:
         with self._changed:
@@ -152,22 +152,31 @@ class _Desk:
 
     def _start_waiting(self) -> None:
         """Hand out what may run now. Futures are settled outside of the lock: that runs callbacks of the user."""
-        while True:
-            with self._changed:
-                if not self._waiting or self._begun >= self._limit:
-                    break
-                future, function, args, kwargs = self._waiting.popleft()
-                if not future.set_running_or_notify_cancel():
-                    continue
-                self._begun += 1
+        more = True
+        while more:
+            with HeldSignals():  # a Ctrl-C in the middle must not lose a future
+                more, unsent = self._start_next()
+            if unsent is not None:
+                self._settle(*unsent, None)
+        self._end_when_idle()
+
+    def _start_next(self) -> tuple[bool, tuple[Future[Any], Exception] | None]:
+        """Whether there may be more to start, and the future of a call that could not be sent."""
+        with self._changed:
+            if not self._waiting or self._begun >= self._limit:
+                return False, None
+            future, function, args, kwargs = self._waiting.popleft()
+            if not future.set_running_or_notify_cancel():
+                return True, None
+            self._begun += 1
             try:
+                self._completions.check_connected()
                 ref = self._remote(function)(*args, **kwargs)
             except Exception as exc:  # noqa: BLE001 # wrong arguments, or some that cannot be pickled
-                self._settle(future, exc, None)
-            else:
-                self._running[future] = ref
-                self._completions.watch(ref, partial(self._done, future))
-        self._end_when_idle()
+                return True, (future, exc)
+            self._running[future] = ref
+            self._completions.watch(ref, partial(self._done, future))
+            return True, None
 
     def _done(self, future: Future[Any], read: Read) -> None:
         try:

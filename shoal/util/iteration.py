@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shoal.api.calls import get
 from shoal.api.initialize import connect_if_needed
 from shoal.runtime.object_ref import ObjectRef
+
+if TYPE_CHECKING:
+    from shoal.runtime.interface import Runtime
 
 
 def as_completed(refs: Sequence[ObjectRef[Any]], chunk_size: int = 10, yield_obj_refs: bool = False) -> Iterator[Any]:
@@ -31,11 +33,11 @@ def as_completed(refs: Sequence[ObjectRef[Any]], chunk_size: int = 10, yield_obj
             raise TypeError(f"as_completed() takes references, not {ref!r} of type {type(ref).__name__}")
     if len(set(refs)) != len(refs):
         raise ValueError("as_completed() takes each reference once")
-    return _as_completed(refs, chunk_size, yield_obj_refs)
+    return _as_completed(connect_if_needed(), refs, chunk_size, yield_obj_refs)
 
 
-def _as_completed(refs: list[ObjectRef[Any]], chunk_size: int, yield_obj_refs: bool) -> Iterator[Any]:
-    arrivals = connect_if_needed().arrivals()
+def _as_completed(runtime: Runtime, refs: list[ObjectRef[Any]], chunk_size: int, yield_obj_refs: bool) -> Iterator[Any]:
+    arrivals = runtime.arrivals()
     arrivals.add(refs)
     missing = len(refs)
     refs.clear()  # who has read a value may drop it
@@ -47,20 +49,20 @@ def _as_completed(refs: list[ObjectRef[Any]], chunk_size: int, yield_obj_refs: b
                 if yield_obj_refs:
                     yield arrived.pop()
                 else:
-                    yield from _values(arrived, chunk_size)
+                    yield from _values(runtime, arrived, chunk_size)
     finally:
         arrivals.close()
 
 
-def _values(arrived: list[ObjectRef[Any]], chunk_size: int) -> Iterator[Any]:
+def _values(runtime: Runtime, arrived: list[ObjectRef[Any]], chunk_size: int) -> Iterator[Any]:
     """The values of the next `chunk_size` of `arrived`, which are removed from it."""
     chunk = arrived[-chunk_size:][::-1]
     del arrived[-chunk_size:]
     values: Iterable[Any]
     try:
-        values = get(chunk)
+        values = runtime.get(chunk, None)
     except Exception:  # noqa: BLE001 # some of them are fine, and come before the error
-        values = map(get, chunk)
+        values = (runtime.get([ref], None)[0] for ref in chunk)
     yield from values
 
 
@@ -81,11 +83,11 @@ def map_unordered(
         _check_whole("backpressure_size", backpressure_size)
     if not hasattr(fn, "remote"):
         raise TypeError(f"map_unordered() takes a remote function or an actor's method, not {fn!r}; write remote(fn)")
-    return _map_unordered(fn, iter(items), backpressure_size, chunk_size)
+    return _map_unordered(connect_if_needed(), fn, iter(items), backpressure_size, chunk_size)
 
 
-def _map_unordered(fn: Any, items: Iterator[Any], most: int | None, chunk_size: int) -> Iterator[Any]:
-    arrivals = connect_if_needed().arrivals()
+def _map_unordered(runtime: Runtime, fn: Any, items: Iterator[Any], most: int | None, chunk_size: int) -> Iterator[Any]:
+    arrivals = runtime.arrivals()
     arrived: list[ObjectRef[Any]] = []  # the next one last
     unread = 0
     try:
@@ -99,7 +101,7 @@ def _map_unordered(fn: Any, items: Iterator[Any], most: int | None, chunk_size: 
             if not arrived:
                 arrived = arrivals.take()
                 arrived.reverse()
-            for value in _values(arrived, chunk_size):
+            for value in _values(runtime, arrived, chunk_size):
                 unread -= 1
                 yield value
     finally:

@@ -21,10 +21,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shoal.api.actor import ActorHandle
-from shoal.api.calls import cancel
 from shoal.api.initialize import connect_if_needed
 from shoal.api.options import qualified_name
-from shoal.exceptions import ActorDiedError, ActorError, ShoalError, TaskCancelledError, TaskError
+from shoal.exceptions import ActorDiedError, ActorError, LocalAgentDiedError, ShoalError, TaskCancelledError, TaskError
+from shoal.rpc.held_signals import HeldSignals
 from shoal.util.completions import Completions, Read
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ class Crew:
 
     def submit(self, *batches: Batch) -> bool:
         """False when nothing is run any more; the jobs have been told why."""
-        with self.changed:
+        # A Ctrl-C in the middle must not lose a worker: in a notebook the pool lives on.
+        with HeldSignals(), self.changed:
             error = self.ended
             if error is None:
                 self._line.extend(batches)
@@ -273,7 +274,7 @@ class Crew:
             for batch, (ref, _) in list(slot.out.items())[1:]:
                 if not batch.taken_back:
                     batch.taken_back = True
-                    cancel(ref)
+                    self._completions.cancel(ref, recursive=False)  # should it have begun, it goes on
 
     def _look_again(self) -> None:
         with self.changed:
@@ -285,7 +286,12 @@ class Crew:
         slot.gone = True
         self._slots.discard(slot)
         if self.ended is None and not (self.closed and not self._line and not self._busy):
-            self._start_one()
+            try:
+                self._completions.check_connected()
+            except LocalAgentDiedError as exc:
+                self._unsendable += [(batch, exc) for batch in self._break(exc)]
+            else:
+                self._start_one()
 
     # ----------------------------------------------------------------------------- on the thread of the completions
 
@@ -310,6 +316,7 @@ class Crew:
                     self._replace(slot)
         if error is not None:
             self._fail(left, error)
+        self._fail_unsendable()
 
     def _done(self, slot: _Slot, batch: Batch, read: Read) -> None:
         ok, value = True, None

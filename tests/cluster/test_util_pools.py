@@ -365,6 +365,38 @@ def test_a_program_ends_after_its_futures_and_with_open_pools(tmp_path: Path) ->
     assert ended.stdout == "mapped 499500\nfuture 1024\n"
 
 
+CUT_OFF = """
+import shoal
+from shoal.util import ShoalExecutor, as_completed
+from shoal.util.multiprocessing import Pool
+from shoal.util.queue import Queue
+
+shoal.init(num_cpus=2)
+never = Queue()
+executor, pool = ShoalExecutor(), Pool(1)
+future, result = executor.submit(never.get), pool.apply_async(never.get)
+items, values = pool.imap(never.get, [True, True]), as_completed([never.actor.get.remote(None)])
+shoal.shutdown()
+for wait in (future.result, result.get, lambda: next(items), lambda: next(values)):
+    try:
+        print(wait())
+    except Exception as exc:
+        print(type(exc).__name__)
+executor.shutdown()
+pool.terminate()
+pool.join()
+print(shoal.is_initialized())
+"""
+
+
+def test_what_waits_when_the_cluster_goes_fails_and_starts_no_other(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CUT_OFF)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, check=False)
+    print(ended.stderr)
+    assert ended.stdout.split() == [*["LocalAgentDiedError"] * 4, "False"]
+
+
 def test_waiting_for_nodes() -> None:
     wait_for_nodes(1)
     with pytest.raises(TimeoutError, match="2 nodes to be alive; 1 are"):

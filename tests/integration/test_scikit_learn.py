@@ -11,11 +11,15 @@ joblib = pytest.importorskip("joblib")
 pytest.importorskip("sklearn")
 
 import numpy as np
+import pandas
+import scipy.sparse
 from sklearn.datasets import make_classification
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
+import shoal
+import shoal.util.joblib
 from shoal.util.joblib import register_shoal
 
 pytestmark = pytest.mark.usefixtures("local")
@@ -67,6 +71,23 @@ def test_an_error_comes_out_as_itself_and_the_backend_goes_on() -> None:
         with pytest.raises(ValueError, match="no root of -1"):
             joblib.Parallel()(joblib.delayed(root)(x) for x in [4, -1, *range(100)])
         assert joblib.Parallel()(joblib.delayed(root)(x) for x in (4, 9)) == [2.0, 3.0]
+
+
+def test_a_large_argument_is_stored_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: list[Any] = []
+
+    def put(value: Any) -> Any:
+        stored.append(value)
+        return shoal.put(value)
+
+    monkeypatch.setattr(shoal.util.joblib, "put", put)
+    table = pandas.DataFrame({"x": np.arange(50_000), "y": 1.0})
+    array, sparse = np.ones(50_000), scipy.sparse.random(2000, 2000, density=0.02, format="csr")
+    with joblib.parallel_config(backend="shoal", n_jobs=2, remote_args={"num_cpus": 0.5}):
+        call = joblib.delayed(lambda i, a, t, *, s: i + a.sum() + t.y.sum() + s.nnz)
+        sums = joblib.Parallel(batch_size=1)(call(i, array, table, s=sparse) for i in range(10))
+    assert sums == [i + 100_000 + sparse.nnz for i in range(10)]
+    assert [type(value) for value in stored] == [np.ndarray, pandas.DataFrame, type(sparse)]
 
 
 def test_nested_parallel_calls_do_not_wait_for_each_other() -> None:

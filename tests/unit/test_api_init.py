@@ -285,6 +285,10 @@ def test_a_star_import_brings_all_names() -> None:
             "import shoal; f = shoal.remote(lambda: 1); shoal.remote(type('C', (), {})); shoal.init; shoal.get",
             "asyncio numpy cloudpickle rich typer psutil uvloop multiprocessing",
         ),
+        (
+            "import shoal.util; dir(shoal.util)",
+            "asyncio numpy cloudpickle joblib dask multiprocessing concurrent.futures",
+        ),
     ],
 )
 def test_importing_is_light(code: str, heavy: str) -> None:
