@@ -6,8 +6,8 @@ It asks: control (`shoal.control.messages`). No process of this room runs user c
 
     processes   launch, supervisor, zygote, processes, settings
     the agent   agent (connections, dispatch), cluster_link, peers
-    leases      pure: leases, lease_queue, resource_books, cluster_view, starting; shells: lease_service, workers,
-                actors
+    leases      pure: leases, lease_decisions, lease_queue, resource_books, usage, cluster_view, starting;
+                shells: lease_service, workers, actors
     objects     directory, store: pure;  object_manager, transfer, spiller, spill_files: shells
     logs        logs
     memory      memory_watch

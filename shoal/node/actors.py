@@ -17,7 +17,8 @@ import msgspec
 
 from shoal.control.messages import ActorFailed, ActorGone, ActorStarted, ActorWaits, JobInfo, StartActor, StopActor
 from shoal.exceptions import ShoalError
-from shoal.node.leases import Decision, Grant, LeaseScheduler, Wait
+from shoal.node.lease_decisions import Decision, Grant, Wait
+from shoal.node.leases import LeaseScheduler
 from shoal.node.memory_watch import WorkerMemory, private_bytes
 from shoal.node.messages import ActorReady, BeginActor, EndActor, LeaseSpec, WorkerExit
 from shoal.node.starting import Starting

@@ -14,7 +14,8 @@ import time
 from typing import Final, Protocol
 
 from shoal.control.messages import BundlesPrepared, PrepareBundles, ReturnBundles
-from shoal.node.leases import Decision, Grant, LeaseScheduler
+from shoal.node.lease_decisions import Decision, Grant
+from shoal.node.leases import LeaseScheduler
 from shoal.node.messages import LeaseSpec
 from shoal.rpc.messages import Message
 from shoal.scheduling.views import Strategy

@@ -81,8 +81,8 @@ class DemandClass:
     """One scheduling class of one owner."""
 
     __slots__ = (
-        "class_id", "failed_holds", "granted", "owner", "patient_until", "queued", "reason", "shape", "since", "spec",
-        "wanted",
+        "calls", "class_id", "failed_holds", "granted", "owner", "patient_until", "queued", "reason", "shape", "since",
+        "spec", "wanted",
     )  # fmt: skip
 
     def __init__(self, owner: bytes, class_id: int, spec: LeaseSpec, shape: Shape) -> None:
@@ -91,6 +91,7 @@ class DemandClass:
         self.spec = spec
         self.shape = shape
         self.wanted = 0
+        self.calls = 0  # about how many wait for those leases, for people
         self.granted = 0  # leases not released
         self.queued = False
         self.since = 0.0  # when the demand became unmet

@@ -14,7 +14,8 @@ import msgspec
 
 from shoal.control.messages import JobInfo
 from shoal.exceptions import ShoalError
-from shoal.node.leases import Decision, Grant, LeaseScheduler, Reclaim, Redirect, Wait
+from shoal.node.lease_decisions import Decision, Grant, Reclaim, Redirect, Wait
+from shoal.node.leases import LeaseScheduler
 from shoal.node.memory_watch import WorkerMemory, private_bytes
 from shoal.node.messages import (
     LeaseDemand,
@@ -89,7 +90,9 @@ class LeaseService:
     # ------------------------------------------------------------------------------------------- what owners say
 
     def demand(self, owner: bytes, message: LeaseDemand, *, remote: bool) -> None:
-        self.scheduler.set_demand(owner, message.class_id, message.wanted, message.spec, time.time(), redirected=remote)
+        self.scheduler.set_demand(
+            owner, message.class_id, message.wanted, message.spec, time.time(), redirected=remote, calls=message.calls
+        )
         self.decide_soon()
 
     def give_back(self, message: ReturnLease) -> None:

@@ -13,9 +13,7 @@ Who is served:
   new roots keeps a recursion at a handful of live workers instead of one per call. Owners never rank nested work below
   the task that submits it, so a parent never waits behind its own kind.
 - At equal depth owners take turns, one lease each; within an owner its classes take turns.
-- Work that needs next to nothing (`resources.is_light`) would get a worker per task. A node has slots for it instead;
-  one that blocks lends its slot, and one that runs for long makes room for two: so short tasks share a few workers, and
-  those that wait for each other in ways that nobody sees still all get one.
+- Light work, which needs next to nothing, gets slots (see `usage`).
 - A class that needs much at once would never fit while small ones take each piece that is freed. When it has waited
   for `RESERVE_AFTER_S`, what it lacks is kept from others of no higher
   priority and no greater depth, for `RESERVE_FOR_S` at most:
@@ -38,9 +36,11 @@ import msgspec
 
 from shoal.node.bundles import Bundles
 from shoal.node.cluster_view import ClusterView
+from shoal.node.lease_decisions import Decision, Grant, Reclaim, Redirect, Wait
 from shoal.node.lease_queue import DemandClass, LeaseQueue, Plan, Shape
 from shoal.node.messages import LeaseSpec
 from shoal.node.resource_books import Holding, ResourceBooks
+from shoal.node.usage import Usage, Use
 from shoal.scheduling import policy
 from shoal.scheduling.resources import count_fitting, fits, light_slots, missing, subtract
 from shoal.scheduling.views import Amounts, DemandReport, NodeView, Strategy, WaitReason
@@ -69,44 +69,6 @@ _CROWDED: Final = WaitReason(
 _LIMITED: Final = WaitReason("busy", "the node has as many workers as it may have")
 
 
-class Grant(msgspec.Struct, frozen=True):
-    """The lease holds its resources from now on. `devices`: resource name -> device numbers."""
-
-    owner: bytes
-    class_id: int
-    lease_id: int
-    spec: LeaseSpec
-    devices: dict[str, list[int]]
-
-
-class Redirect(msgspec.Struct, frozen=True):
-    """`count` leases of the class should be asked for at `node_id`; they no longer count in the demand here."""
-
-    owner: bytes
-    class_id: int
-    count: int
-    node_id: bytes
-
-
-class Wait(msgspec.Struct, frozen=True):
-    """Why the rest of the demand is not met; only when that changed. `granted`: leases that the class has."""
-
-    owner: bytes
-    class_id: int
-    reason: WaitReason
-    granted: int = 0
-
-
-class Reclaim(msgspec.Struct, frozen=True):
-    """Others wait for what this owner's leases hold: it should return those for work of no more than `priority`."""
-
-    owner: bytes
-    priority: int
-
-
-Decision = Grant | Redirect | Wait | Reclaim
-
-
 class _Owner:
     __slots__ = ("classes", "leases", "specs")
 
@@ -117,23 +79,14 @@ class _Owner:
 
 
 class _Lease:
-    __slots__ = ("blocked", "class_id", "holding", "job_id", "light", "owner", "share", "slow")
+    __slots__ = ("class_id", "holding", "job_id", "owner", "use")
 
-    def __init__(self, owner: bytes, class_id: int, job_id: bytes, holding: Holding, share: int, light: bool) -> None:
+    def __init__(self, owner: bytes, class_id: int, job_id: bytes, holding: Holding, use: Use) -> None:
         self.owner = owner
         self.class_id = class_id
         self.job_id = job_id
         self.holding = holding
-        self.share = share  # of the node, in millionths
-        self.blocked = False
-        self.light = light
-        self.slow = False  # one of its calls ran for long
-
-    def slots(self) -> int:
-        """What it takes of the slots for light work; -1: it makes room for one more."""
-        if not self.light or self.blocked:
-            return 0
-        return -1 if self.slow else 1
+        self.use = use
 
 
 class _Reservation(NamedTuple):
@@ -162,8 +115,7 @@ class LeaseScheduler:
         self._leases: dict[int, _Lease] = {}
         self._actors: dict[bytes, Holding] = {}
         self._reservation: _Reservation | None = None
-        self._slots = light_slots(total)  # free ones; may be negative
-        self._used: dict[bytes, int] = {}  # by jobs: the shares of their leases that are not blocked
+        self._usage = Usage(self._books.total)
         self._revisit: dict[DemandClass, None] = {}  # to look at when they have waited for `REVISIT_S`
         # Notes of one decision:
         self._reasons_shifted = False  # some that were looked at before wait for another reason now
@@ -184,7 +136,15 @@ class LeaseScheduler:
     # ------------------------------------------------------------------------------------------------ inputs
 
     def set_demand(
-        self, owner: bytes, class_id: int, wanted: int, spec: LeaseSpec | None, now: float, *, redirected: bool = False
+        self,
+        owner: bytes,
+        class_id: int,
+        wanted: int,
+        spec: LeaseSpec | None,
+        now: float,
+        *,
+        redirected: bool = False,
+        calls: int = 0,
     ) -> None:
         """`owner` wants `wanted` leases of its class in all, those it has included. Replaces what it said before.
 
@@ -220,6 +180,7 @@ class LeaseScheduler:
             cls.spec = spec or cls.spec
             cls.shape = self._queue.shape_of(cls.spec, redirected)
         cls.wanted = wanted
+        cls.calls = calls
         self._requeue(cls)
 
     def drop_owner(self, owner: bytes) -> list[int]:
@@ -251,8 +212,7 @@ class LeaseScheduler:
             KeyError: there is no such lease.
         """
         lease = self._leases.pop(lease_id)
-        self._slots += lease.slots()
-        self._use(lease, used=False)
+        self._usage.end(lease.use)
         self._give_back(lease.holding)
         record = self._owners.get(lease.owner)
         if record is None or lease_id not in record.leases:
@@ -272,20 +232,16 @@ class LeaseScheduler:
             KeyError: there is no such lease.
         """
         lease = self._leases[lease_id]
-        self._slots += lease.slots()
-        self._use(lease, used=not blocked)
-        self._slots -= lease.slots()
-        if blocked and lease.light:
+        self._usage.set_blocked(lease.use, blocked)
+        if blocked and lease.use.light:
             self._queue.full.clear()
         self._lend(lease.holding, blocked)
 
     def set_slow(self, lease_id: int) -> None:
         """A call under this lease has run for long. Raises KeyError: there is no such lease."""
         lease = self._leases[lease_id]
-        self._slots += lease.slots()
-        lease.slow = True
-        self._slots -= lease.slots()
-        if lease.light:
+        self._usage.set_slow(lease.use)
+        if lease.use.light:
             self._queue.full.clear()
 
     def acquire_actor(
@@ -368,12 +324,12 @@ class LeaseScheduler:
         return bool(self._queue)
 
     def demand_reports(self, now: float) -> list[DemandReport]:
-        """Unmet demand, summed over classes that a person would not tell apart; the longest wait first."""
+        """Calls that wait, summed over classes that a person would not tell apart; the longest wait first."""
         rows: dict[tuple[bytes, str, object, WaitReason], tuple[DemandClass, int, float]] = {}
         for cls in self._queue:
             key = (cls.spec.job_id, cls.spec.name, cls.shape.key, cls.reason or _NEW)
             _, count, since = rows.get(key, (cls, 0, now))
-            rows[key] = (cls, count + cls.unmet, min(since, cls.since))
+            rows[key] = (cls, count + max(cls.unmet, cls.calls), min(since, cls.since))
         reports = []
         for cls, count, since in rows.values():
             spec, asked, reason = cls.spec, dict(cls.shape.asked), cls.reason or _NEW
@@ -430,7 +386,7 @@ class LeaseScheduler:
 
     def _grant(self, decisions: list[Decision], worker_limit: Callable[[LeaseSpec], bool] | None) -> None:
         """Serve the queue in order, as far as there is room."""
-        queue, used = self._queue, self._used
+        queue, usage = self._queue, self._usage
         withheld: set[Shape] = set()  # they fit, but not past the reservation
         for priority in queue.priorities():
             jobs = {
@@ -439,7 +395,7 @@ class LeaseScheduler:
             while jobs:
                 if queue.is_exhausted(len(withheld)):
                     return
-                job = min(jobs, key=lambda job: used.get(job, 0)) if len(jobs) > 1 else next(iter(jobs))
+                job = min(jobs, key=usage.of) if len(jobs) > 1 else next(iter(jobs))
                 turns = jobs.pop(job)
                 if next(turns, False):
                     jobs[job] = turns
@@ -486,7 +442,7 @@ class LeaseScheduler:
         if not self._plan(shape).here or not self._has_room(shape):
             self._note_full(cls)
             return False
-        if shape.light and self._slots <= 0:
+        if shape.light and self._usage.free_slots <= 0:
             self._queue.full.add(shape)
             return False
         if self._is_withheld_from(cls):
@@ -500,11 +456,9 @@ class LeaseScheduler:
     def _grant_one(self, cls: DemandClass) -> Grant:
         holding = self._take(cls.shape)
         self._last_lease += 1
-        shape, job = cls.shape, cls.spec.job_id
-        share = policy.share_of(shape.asked, self.total)
-        lease = self._leases[self._last_lease] = _Lease(cls.owner, cls.class_id, job, holding, share, shape.light)
-        self._slots -= lease.slots()
-        self._use(lease, used=True, new=True)
+        job = cls.spec.job_id
+        use = self._usage.begin(job, cls.shape.asked, light=cls.shape.light)
+        self._leases[self._last_lease] = _Lease(cls.owner, cls.class_id, job, holding, use)
         self._owners[cls.owner].leases.add(self._last_lease)
         self._told.discard(cls.owner)
         self._untold.add(cls.owner)
@@ -572,7 +526,7 @@ class LeaseScheduler:
         names: set[str] = set()
         for shape in starving:
             names.update(missing(shape.demand, self.available) or (() if shape.light else shape.demand))
-        crowded = self._slots <= 0 and any(shape.light for shape in starving)
+        crowded = self._usage.free_slots <= 0 and any(shape.light for shape in starving)
         alone: DemandClass | None = None  # the only one that starves: its own leases are no help to it
         if len(starving) == 1 and starving[0].waiting == 1:
             alone = next(cls for cls in self._queue if cls.shape is starving[0])
@@ -655,7 +609,7 @@ class LeaseScheduler:
             return shape.busy
         if self._is_withheld_from(cls):
             return _RESERVED
-        if shape.light and self._slots <= 0:
+        if shape.light and self._usage.free_slots <= 0:
             return _CROWDED
         return _SPLIT if shape in self._queue.full else _LIMITED
 
@@ -730,17 +684,6 @@ class LeaseScheduler:
             self._end_reservation()
         self._queue.leave(cls)
 
-    def _use(self, lease: _Lease, *, used: bool, new: bool = False) -> None:
-        """Count what the lease holds as used by its job, or not any more: it is blocked or over."""
-        if not new and used != lease.blocked:
-            return  # that is how it is counted already
-        lease.blocked = not used
-        total = self._used.get(lease.job_id, 0) + (lease.share if used else -lease.share)
-        if total:
-            self._used[lease.job_id] = total
-        else:
-            self._used.pop(lease.job_id, None)
-
     def _has_room(self, shape: Shape) -> bool:
         if shape.strategy.kind == "group":
             return self._bundles.find_room(shape.strategy, shape.asked) is not None
@@ -770,13 +713,7 @@ class LeaseScheduler:
         shown = [holding for holding in users if holding.bundle is None or holding.bundle.open]
         self._books.check([*shown, *self._bundles.holdings()])
         self._bundles.check([holding for holding in users if holding.bundle is not None])
-        used: dict[bytes, int] = {}
-        for lease in self._leases.values():
-            if not lease.blocked:
-                used[lease.job_id] = used.get(lease.job_id, 0) + lease.share
-        slots = light_slots(self.total) - sum(lease.slots() for lease in self._leases.values())
-        assert slots == self._slots, "the slots for light work do not add up"
-        assert used == self._used, "what jobs use does not add up"
+        self._usage.check(lease.use for lease in self._leases.values())
         owned: list[int] = []
         classes: list[DemandClass] = []
         for owner, record in self._owners.items():

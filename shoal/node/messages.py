@@ -98,11 +98,13 @@ class WorkerReady(Message, frozen=True, tag=222):
 
 class LeaseDemand(Message, frozen=True, tag=202):
     """How many leases this owner wants for one of its scheduling classes, as a level: it replaces the last demand of
-    the same class, leases already granted count, 0 withdraws it. `spec` comes with the first demand of a class."""
+    the same class, leases already granted count, 0 withdraws it. `spec` comes with the first demand of a class.
+    `calls`: about how many wait for those leases; 0 where a lease stands for one call."""
 
     class_id: int
     wanted: int
     spec: LeaseSpec | None = None
+    calls: int = 0
 
 
 class ReturnLease(Message, frozen=True, tag=203):

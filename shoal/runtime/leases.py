@@ -166,6 +166,7 @@ class SchedulingClass:
         self.leases: list[Lease] = []
         self.told: dict[AgentLink, int] = {}  # demand that each agent knows
         self.elsewhere: dict[AgentLink, int] = {}  # leases that other agents were asked for, granted ones included
+        self.told_calls = 0  # how long the queue was when the local agent was told last
         self.reason: WaitReason | None = None
         self.held_up = False  # a worker handed calls back: others would run them sooner
         self.removed = ""  # the placement group is gone, and why
@@ -271,16 +272,25 @@ class SchedulingClass:
 
     def _tell(self, agent: AgentLink, wanted: int) -> None:
         told = self.told.get(agent, 0)
-        if wanted == told or (min(wanted, told) > 2 * len(self.leases) + 64 and told / 2 < wanted < told * 2):
-            return  # the same, or of the same order while far out of reach
+        is_local = agent is self.tasks.local
+        # The same, or of the same order while far out of reach; and so is what people are shown of the queue.
+        same = wanted == told or (min(wanted, told) > 2 * len(self.leases) + 64 and told / 2 < wanted < told * 2)
+        known = not (wanted and is_local) or self.told_calls / 2 - 64 < len(self.queue) < self.told_calls * 2 + 64
+        if same and known:
+            return
         self.told[agent] = wanted
+        calls = 0
+        if is_local:
+            self.told_calls = len(self.queue)
+            given = sum(1 for lease in self.leases if lease.agent is not agent)
+            calls = max(0, len(self.queue) - sum(self.elsewhere.values()) + given)  # less those that wait elsewhere
         spec = None
         if self.queue and (first := self.queue[0].bound.spec) is not None and first.name != self.spec.name:
             self.spec = msgspec.structs.replace(self.spec, name=first.name)  # `status` names what waits now
         if agent.introduced.get(self.class_id) != self.spec.name:
             agent.introduced[self.class_id] = self.spec.name
             spec = self.spec
-        agent.channel.send(LeaseDemand(self.class_id, wanted, spec))
+        agent.channel.send(LeaseDemand(self.class_id, wanted, spec, calls))
 
     # ---------------------------------------------------------------------------------------------- leases
 

@@ -13,16 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, consumes, initialize, inv
 
 from shoal.node import leases as module
 from shoal.node.cluster_view import DEDUCT_FOR_S
+from shoal.node.lease_decisions import Decision, Grant, Reclaim, Redirect, Wait
 from shoal.node.leases import (
     RESERVE_AFTER_S,
     RESERVE_FOR_S,
     REVISIT_S,
-    Decision,
-    Grant,
     LeaseScheduler,
-    Reclaim,
-    Redirect,
-    Wait,
 )
 from shoal.node.messages import LeaseSpec
 from shoal.node.resource_books import ResourceBooks
@@ -952,6 +948,8 @@ def test_demand_reports_sum_what_a_person_would_not_tell_apart() -> None:
     node.decide()
     first, second = node.scheduler.demand_reports(node.now + 5)
     assert (first.name, first.count, first.since_unix_s, first.resources) == ("f", 8, 1000.0, {"CPU": UNIT})
+    node.scheduler.set_demand(b"c", 1, 2, None, node.now, calls=1000)
+    assert node.scheduler.demand_reports(node.now)[1].count == 1000, "calls are what people count"
     assert (second.name, second.count, second.reason.code, second.job_id) == ("g", 2, "infeasible", JOB)
 
 
@@ -1216,7 +1214,7 @@ class Books(RuleBasedStateMachine):
             if self.scheduler.unmet(*key):
                 cls = self.scheduler._owners[key[0]].classes[key[1]]
                 plan = self.scheduler._plan(cls.shape)
-                crowded = cls.shape.light and self.scheduler._slots <= 0
+                crowded = cls.shape.light and self.scheduler._usage.free_slots <= 0
                 has_room = self.scheduler._has_room(cls.shape) and not crowded
                 assert not (plan.here and has_room), "it fits and waits"
 
