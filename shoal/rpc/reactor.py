@@ -590,26 +590,26 @@ class Channel:
         try:
             for body in self._reader.feed(data):
                 for message in decode_frame(self._decoder, body):
-                    self._dispatch(message)
+                    try:
+                        if isinstance(message, Reply):
+                            answered = self._requests.pop(message.rid, None)
+                            if answered is not None:
+                                answered(message)
+                        else:
+                            self.on_message(self, message)
+                    except Exception as exc:  # noqa: BLE001 - the boundary of every handler
+                        self._handler_failed(message, exc)
                     if self.closed:
                         return
         except FrameError as exc:
             logger.error("closing a connection that broke the protocol peer=%s error=%s", self.peer_name, exc)
             self.close(exc)
 
-    def _dispatch(self, message: Any) -> None:
-        try:
-            if isinstance(message, Reply):
-                answered = self._requests.pop(message.rid, None)
-                if answered is not None:
-                    answered(message)
-            else:
-                self.on_message(self, message)
-        except Exception as exc:
-            # A bug in one handler must not swallow the messages that came behind this one.
-            logger.exception("handler failed peer=%s message=%s", self.peer_name, type(message).__name__)
-            if isinstance(message, Request):
-                self.reply(message, Failed(kind="internal", text=f"{type(exc).__name__}: {exc}"))
+    def _handler_failed(self, message: Any, exc: Exception) -> None:
+        """A bug in one handler must not swallow the messages that came behind this one."""
+        logger.error("handler failed peer=%s message=%s", self.peer_name, type(message).__name__, exc_info=exc)
+        if isinstance(message, Request):
+            self.reply(message, Failed(kind="internal", text=f"{type(exc).__name__}: {exc}"))
 
     def _shake(self, sock: socket.socket) -> bool:
         """Take one handshake message if it is there. False when there is nothing more to read now."""

@@ -107,7 +107,9 @@ class Connection:
         line = self._lines.of(run) if run.bound.group else self._lines.main
         line.queue.append(run)
         if run.dependencies is None:
-            self.pump()
+            link = self._link
+            if link is not None and not link.channel.closed:
+                line.send_to(link)
 
     def follow(self) -> None:
         """Control tells this process of the actor's life without being asked: it has just been created from here."""
@@ -264,7 +266,8 @@ class Connection:
         line = self._lines.of(run) if run.bound.group else self._lines.main
         if line.alone is run:
             line.alone = None
-        self.pump()
+        if line.queue:
+            self.pump()
 
     def handed_back(self, runs: list[TaskRun]) -> None:
         self._lines.again(runs)

@@ -73,10 +73,15 @@ class Target:
     """A template as this worker knows it. `function` is set by whoever runs it first. `light`: its tasks need next to
     nothing. `captured`: the placement group that what its tasks make runs in too, unless told otherwise."""
 
-    __slots__ = ("__weakref__", "captured", "function", "light", "nesting", "pace_s", "template", "told_s", "uses")
+    __slots__ = (
+        "__weakref__", "captured", "function", "light", "max_calls", "nesting", "pace_s", "template", "timed", "told_s",
+        "uses",
+    )  # fmt: skip
 
     def __init__(self, template: Template) -> None:
         self.template = template
+        self.timed = bool(template.timeout_s)
+        self.max_calls = template.max_calls
         self.captured = template.placement_group if template.captures else b""
         self.nesting = nest(template.depth + 1, template.priority, True)  # of what it submits
         self.light = not template.method and is_light(template.resources)
@@ -107,17 +112,17 @@ class Arrival:
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Unpickle them. What is not copied (arrays) pins its object until it is dropped."""
+        message = self.message
         try:
-            return self._unpickled()
+            if message.arguments:
+                return self._with_fetched(message)
+            args = deserialize(message.args) if message.args else ()
+            return args, deserialize(message.kwargs) if message.kwargs else {}
         except Exception as exc:
             add_place(exc, "the arguments")
             raise
 
-    def _unpickled(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        message = self.message
-        if not message.arguments:
-            args = deserialize(message.args) if message.args else ()
-            return args, deserialize(message.kwargs) if message.kwargs else {}
+    def _with_fetched(self, message: Run) -> tuple[tuple[Any, ...], dict[str, Any]]:
         values = [deserialize(flat) for flat in self.values]
         if message.packed:
             args, kwargs = values[-1]
@@ -178,7 +183,12 @@ class Call(Arrival):
     deadline: float
 
     def __init__(self, caller: Caller, target: Target, message: Run) -> None:
-        super().__init__(message)
+        # Not by `super()`: a call in itself, a hundred thousand times a second.
+        self.message = message
+        self.values = []
+        self.missing = 0
+        self.problem = None
+        self.fetched = None
         self.caller = caller
         self.target = target
         self.started = 0.0

@@ -88,6 +88,8 @@ class CallRunner:
         self.title = ProcessTitle(runtime.reactor, self._running_target)
         self.calls: dict[int, Call] = {}  # that run now, by thread
         self.endings = Endings(runtime, self.running_calls)
+        self.interrupts = self.endings.interrupts
+        self._target: Target | None = None  # of the last call
         self._functions: dict[bytes, Callable[..., Any]] = {}  # by code: many callers may send the same
         self._handing_over: set[Caller] = set()  # those that have not counted the references in some result
         self._all_taken: threading.Event | None = None  # somebody waits for that
@@ -117,15 +119,13 @@ class CallRunner:
             self.flush(caller)
         if target is not self.title.shown:
             self.title.show(target, begin)
+        if target is not self._target:
+            self._prepare_for(target)
         call.started = begin
         thread = threading.get_ident()
         self.calls[thread] = call  # from here on it can be cancelled
-        runtime = self.runtime
-        runtime.nesting = target.nesting
-        if target.captured != runtime.inherited.group and self.actor is None:
-            runtime.inherit(target.captured)
-        timed = target.template.timeout_s
-        interrupts = self.endings.interrupts
+        timed = target.timed
+        interrupts = self.interrupts
         called = returned = 0.0
         reply: Finished | Ended | None
         try:
@@ -156,14 +156,21 @@ class CallRunner:
             )
         call.values = []
         del self.calls[thread]
-        if target.template.max_calls:
+        if target.max_calls:
             target.uses += 1
-            if target.uses >= target.template.max_calls:
+            if target.uses >= target.max_calls:
                 self._reply_and_leave(call, reply)
         if reply is not None:
             self.send(call, reply)
         else:
             caller.productions.pop(call.message.counter, None)
+
+    def _prepare_for(self, target: Target) -> None:
+        """Calls of another template than before are run: what they submit belongs elsewhere."""
+        self._target = target
+        self.runtime.nesting = target.nesting
+        if self.actor is None and target.captured != self.runtime.inherited.group:
+            self.runtime.inherit(target.captured)
 
     def _reply_and_leave(self, call: Call, reply: Finished | Ended | None) -> NoReturn:
         template = call.target.template
