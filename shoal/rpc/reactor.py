@@ -47,10 +47,12 @@ _CALLS_PER_ROUND: Final = 10_000
 _HANDSHAKE_TIMEOUT_S = 10.0
 LEAD_S: Final = 0.001
 """How long a thread of the user's takes the reactor's place, at most: signals are held off meanwhile."""
-SPIN_S: Final = 0.0001 if len(os.sched_getaffinity(0)) > 1 else 0.0
+SPIN_S: Final = 0.00015 if len(os.sched_getaffinity(0)) > 1 else 0.0
 """How long a leader looks again and again before it sleeps, when sleeps have lately been shorter than that: to sleep
 and be woken costs as much as our work on a call. An exchange of single calls never sleeps then, and nobody else
 spins."""
+QUICK_S: Final = 2 * SPIN_S
+"""A sleep that was shorter might have been a spin: without it, both sides would have been there sooner."""
 MAX_SLEEPS_BEFORE_SPIN: Final = 64
 """Short sleeps in a row before the next spin, after spins in vain: then cores are scarce, and spinning keeps the one
 from running that would bring what is waited for."""
@@ -222,7 +224,7 @@ class Reactor:
             self._quick_sleeps = 0
             at_most_s -= now - begin
         events = poll(self._time_to_sleep(at_most_s))
-        if time.monotonic() - now < SPIN_S:
+        if time.monotonic() - now < QUICK_S:
             self._quick_sleeps += 1
         else:
             self._quick_sleeps = 0
