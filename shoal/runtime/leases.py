@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 BUDGET_S: Final = 0.004
 MAX_AHEAD: Final = 1000
 IDLE_S: Final = 0.1
+TENURE_S: Final = 0.005
+"""A lease that others wait for works for so long before it yields: to hand one over costs as much as some ten short
+calls. Without anything to do it goes back at once."""
 GENEROUS_S: Final = 1.0
 """After somebody was starved, idle leases go back at once for so long."""
 VERDICT_S: Final = 2.0
@@ -75,6 +78,7 @@ class Lease:
         "broken",
         "cls",
         "exit",
+        "granted_at",
         "idle_since",
         "lease_id",
         "leaving",
@@ -96,6 +100,7 @@ class Lease:
         self.broken = ""
         self.exit: WorkerExit | None = None  # the worker has ended, and what it said before is not all read yet
         self.used = False
+        self.granted_at = time.monotonic()
         self.leaving = False  # its worker ends on purpose: no call is to blame for that
         self.yielding = False  # others wait for it: nothing more is sent, and it goes back when it has run dry
 
@@ -348,7 +353,16 @@ class SchedulingClass:
 
         A class with more to do asks again in the same breath and takes its turn in the line of those who wait.
         """
-        for lease in list(self.leases):
+        now = time.monotonic()
+        soon = [lease for lease in self.leases if lease.granted_at + TENURE_S > now and not lease.yielding]
+        for lease in self.leases:
+            lease.yielding = lease.yielding or lease not in soon
+        if soon:
+            self.tasks.runtime.reactor.call_later(TENURE_S, lambda: self._end_tenure(soon))
+        self.pump_soon()
+
+    def _end_tenure(self, leases: list[Lease]) -> None:
+        for lease in leases:
             lease.yielding = True
         self.pump_soon()
 

@@ -407,6 +407,7 @@ def test_a_starved_neighbour_gets_busy_leases_when_they_run_dry(monkeypatch: pyt
     world = World(monkeypatch)
     world.submit(3)
     lease_id = world.grant()
+    world.runtime.reactor.advance(leases.TENURE_S)
     world.tasks.from_agent(world.tasks.local, ReclaimLeases())
     world.runtime.reactor.settle()
     assert lease_id in world.granted
@@ -415,12 +416,38 @@ def test_a_starved_neighbour_gets_busy_leases_when_they_run_dry(monkeypatch: pyt
     assert world.runtime.agent.demand == {0: 2}, "and asked for again"
 
 
+def test_a_lease_that_was_just_granted_works_for_a_while_before_it_yields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else owners that starve each other hand leases to and fro, one call at a time."""
+    world = World(monkeypatch, pace_s=0.0001)
+    world.submit(100)
+    lease_id = world.grant()
+    world.tasks.from_agent(world.tasks.local, ReclaimLeases())
+    world.runtime.reactor.settle()
+    world.finish(lease_id, 20)
+    assert world.running(lease_id) > 1, "it takes more calls"
+    world.runtime.reactor.advance(leases.TENURE_S)
+    world.finish(lease_id, world.running(lease_id))
+    assert lease_id not in world.granted, "and then it goes back, although there is more to do"
+    assert sum(world.runtime.ended.values()) < 100
+
+
+def test_a_reclaimed_lease_without_work_goes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, pace_s=0.0001)
+    world.submit()
+    lease_id = world.grant()
+    world.tasks.from_agent(world.tasks.local, ReclaimLeases())
+    world.runtime.reactor.settle()
+    world.finish(lease_id)
+    assert lease_id not in world.granted
+
+
 def test_a_reclaimed_lease_that_never_runs_dry_does_not_stand_for_what_is_queued(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(monkeypatch, pace_s=0.0001)
     world.submit()
     lease_id = world.grant()
+    world.runtime.reactor.advance(leases.TENURE_S)
     world.tasks.from_agent(world.tasks.local, ReclaimLeases())
     world.runtime.reactor.settle()
     world.submit(5)  # and the first one waits for them
@@ -433,6 +460,7 @@ def test_a_lease_reclaimed_on_its_way_does_one_call_before_it_goes_back(monkeypa
     world.submit(3)
     lease_id = world.grant_and_reclaim()
     assert world.running(lease_id) == 1, "else it could go to and fro for ever"
+    world.runtime.reactor.advance(leases.TENURE_S)
     world.finish(lease_id)
     assert lease_id not in world.granted
 
