@@ -27,6 +27,7 @@ from shoal.control.actors import ActorRecord
 from shoal.control.messages import ActorSpec
 from shoal.control.nodes import NodeRecord, NodeTable
 from shoal.objects.ids import ActorId
+from shoal.scheduling.bundle_names import asked_of
 from shoal.scheduling.labels import matches
 from shoal.scheduling.policy import Busy, Choice, Infeasible, Node, acceptable, can_ever_run, choose_node
 from shoal.scheduling.resources import fits
@@ -287,11 +288,12 @@ class WaitingRoom:
                 continue  # the agents where they stand report them
             yield DemandReport(
                 name=line.spec.class_name,
-                resources=line.need,
+                resources=asked_of(line.need),
                 count=len(line.actors),
                 reason=line.reason or WaitReason("busy", "it has not been looked at yet"),
                 since_unix_s=line.oldest()[1] + to_unix,
                 job_id=line.spec.job_id,
+                group=line.spec.strategy.group,
             )
 
     def check_invariants(self) -> None:

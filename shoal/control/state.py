@@ -334,7 +334,7 @@ class ControlState:
         lost = len(node.actors)
         self._lives.node_died(node, reason)
         self._flush_nodes(gone=row)
-        text = f"{node.describe()} left the cluster: {reason}" + (f"; {lost} actors were on it" if lost else "")
+        text = f"{node.describe()} left the cluster: {reason}" + (f"; actors on it: {lost}" if lost else "")
         for job in self._jobs.running():
             self._tell_driver(job, Notice(f"node-died:{node.node_id.hex()}", "warning", text))
 

@@ -64,6 +64,18 @@ def demand_on(group: bytes, index: int, asked: Amounts) -> Amounts:
     return {join_name(name, group): amount for name, amount in asked.items() if amount}
 
 
+def asked_of(demand: Amounts) -> Amounts:
+    """What was asked for, as a person would say it: `demand_on` undone; other demands are as they are."""
+    asked: Amounts = {}
+    for name, amount in demand.items():
+        part = parse_name(name)
+        if part is None:
+            asked[name] = amount
+        elif part.resource != MARK:
+            asked[part.resource] = amount
+    return asked
+
+
 def could_hold(demand: Amounts, total: Amounts) -> bool:
     """Whether one bundle that a node shows in `total` is as large as `demand` (from `demand_on`).
 

@@ -16,7 +16,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from shoal.scheduling.bundle_names import MARK, could_hold, join_name, parse_name
+from shoal.scheduling.bundle_names import MARK, asked_of, could_hold, join_name
 from shoal.scheduling.labels import describe as describe_labels
 from shoal.scheduling.labels import matches
 from shoal.scheduling.resources import describe, describe_amount, fits, missing
@@ -244,11 +244,9 @@ def _why_no_bundle(demand: Amounts, strategy: Strategy, nodes: Sequence[NodeView
     mark = join_name(MARK, strategy.group, strategy.bundle)
     if not any(mark in node.total for node in nodes):
         return WaitReason("group_pending", f"{bundle} has no place yet")
-    needs = {part.resource: amount for name, amount in demand.items() if (part := parse_name(name)) is not None}
-    needs.pop(MARK, None)
     subject = bundle if strategy.bundle >= 0 else f"no bundle of {group}"
     verb = "does not have" if strategy.bundle >= 0 else "has"
-    return WaitReason("infeasible", f"{subject} {verb} {describe(needs)}")
+    return WaitReason("infeasible", f"{subject} {verb} {describe(asked_of(demand))}")
 
 
 def why_affinity_fails(demand: Amounts, strategy: Strategy, named: NodeView | None) -> WaitReason:

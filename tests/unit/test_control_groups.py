@@ -225,6 +225,8 @@ def test_actors_wait_for_their_group_and_go_to_its_bundles() -> None:
     reason = actor.reason
     assert reason is not None
     assert reason.code == "group_pending"
+    (demand,) = world.driver.ask(GetStatus()).demands
+    assert (demand.resources, demand.group) == (to_amounts({"CPU": 1}), group_id), "as asked, not by names of bundles"
     spec = GroupSpec(group_id, world.driver.job.job_id, [to_amounts({"CPU": 3})])
     world.driver.send(CreateGroup(spec=spec))
     world.cluster.advance(1)
