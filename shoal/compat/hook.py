@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import NoReturn
 
-from shoal.compat.names import VIEWS, View, find_view, missing
+from shoal.compat.names import OPEN_PACKAGES, VIEWS, View, find_view, missing
 
 
 class RayFinder(MetaPathFinder):
@@ -62,6 +62,8 @@ class _ViewLoader(Loader):
                 value = import_module(f"{name}.{attribute}")
             elif attribute in public:
                 value = getattr(source, attribute)
+            elif f"{name}." in OPEN_PACKAGES and _exists(f"{view.source}.{attribute}"):
+                value = import_module(f"{name}.{attribute}")
             elif attribute in view.absent:
                 value = _absent(f"{name}.{attribute}")
             else:

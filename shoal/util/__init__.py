@@ -60,6 +60,9 @@ _HOMES = {
     "wait_for_nodes": "nodes",
 }  # name -> module of this package that has it
 
+_MODULES = {"dask", "joblib", "metrics", "multiprocessing", "progress", "queue", "scheduling_strategies"}
+"""Modules of names that are not here: `shoal.util.queue.Queue` needs no import of its own."""
+
 
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:
     """Actors that have a name and are not dead.
@@ -95,15 +98,17 @@ def get_node_ip_address() -> str:
 
 
 def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'shoal.util' has no attribute {name!r}")
     from importlib import import_module
 
+    home = _HOMES.get(name)
+    if home is None:
+        if name in _MODULES:
+            return import_module(f"shoal.util.{name}")
+        raise AttributeError(f"module 'shoal.util' has no attribute {name!r}")
     value: object = getattr(import_module(f"shoal.util.{home}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -69,6 +69,14 @@ def test_submodules_are_reached_both_ways() -> None:
     assert ray.util is sys.modules["ray.util"]
 
 
+def test_modules_of_helpers_need_no_import_of_their_own() -> None:
+    import ray
+
+    assert ray.util.scheduling_strategies is sys.modules["ray.util.scheduling_strategies"]
+    assert ray.experimental.internal_kv._internal_kv_get is not None
+    assert not hasattr(ray.util, "no_such_module")
+
+
 def test_what_is_missing_is_named_with_where_to_look() -> None:
     import ray
 

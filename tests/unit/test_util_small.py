@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -125,3 +127,14 @@ def test_internal_kv_without_a_connection() -> None:
     assert not internal_kv._internal_kv_initialized()
     with pytest.raises(ShoalSystemError, match=r"call shoal\.init\(\) first"):
         internal_kv._internal_kv_get("key")
+
+
+def test_modules_of_helpers_are_there_when_asked_for_and_not_before() -> None:
+    program = """
+import sys, shoal.util
+before = [name for name in sys.modules if name.startswith("shoal.util.")]
+assert before == ["shoal.util.placement_group"], before
+shoal.util.queue.Queue, shoal.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+assert callable(shoal.util.placement_group) and not hasattr(shoal.util, "no_such_module")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
