@@ -317,20 +317,6 @@ def test_a_lost_home_is_said(trio: Cluster) -> None:
     trio.wait_for_nodes()
 
 
-def test_refs_in_closures_and_defaults_live_with_the_function(trio: Cluster) -> None:
-    """And that may be called at any time, by the driver and by the workers that know it: the last test of this module,
-    since what it put stays until those processes end."""
-    ref = shoal.put(large(2))
-
-    @shoal.remote(num_cpus=0)
-    def closes_over() -> int:
-        return int(shoal.get(ref)[0])
-
-    assert shoal.get(closes_over.options(resources=LEFT).remote(), timeout=20) == 2
-    runtime: Any = slot.current
-    runtime._kept_for_good.clear()  # documented: such a ref lives as long as its process
-
-
 def test_who_borrows_a_reference_on_another_node_can_cancel_its_call() -> None:
     @shoal.remote(num_cpus=0, resources=RIGHT)
     def endless() -> None:
@@ -345,3 +331,17 @@ def test_who_borrows_a_reference_on_another_node_can_cancel_its_call() -> None:
     shoal.get(cancel.remote([ref]), timeout=30)
     with pytest.raises(TaskCancelledError):
         shoal.get(ref, timeout=30)
+
+
+def test_refs_in_closures_and_defaults_live_with_the_function(trio: Cluster) -> None:
+    """And that may be called at any time, by the driver and by the workers that know it: the last test of this module,
+    since what it put stays until those processes end."""
+    ref = shoal.put(large(2))
+
+    @shoal.remote(num_cpus=0)
+    def closes_over() -> int:
+        return int(shoal.get(ref)[0])
+
+    assert shoal.get(closes_over.options(resources=LEFT).remote(), timeout=20) == 2
+    runtime: Any = slot.current
+    runtime._kept_for_good.clear()  # documented: such a ref lives as long as its process
