@@ -293,19 +293,7 @@ class ObjectManager(Effects):
             raise SourceLostError(f"node {names}, which had a copy, is gone")
         random.shuffle(nodes)  # many may want it at once: each that has it serves its share
         sources = [address for node in nodes if (address := self._address_of(node)) is not None]
-        room: asyncio.Future[int] = self._loop.create_future()
-
-        def got(result: int | StoreFullError) -> None:
-            if room.cancelled():
-                if isinstance(result, int):
-                    self.store.release(TRANSFER, result)
-            elif isinstance(result, StoreFullError):
-                room.set_exception(result)
-            else:
-                room.set_result(result)
-
-        self.store.allocate(TRANSFER, state.size, self._loop.time(), got)
-        offset = await room
+        offset = await self.spiller.room(TRANSFER, state.size)
         try:
             await self._puller.pull(object_id, self._arena.view(offset, state.size), sources)
         except SourceLostError as exc:

@@ -111,7 +111,7 @@ class Spiller:
         if copy is not None and not copy.in_memory:
             store.pin(object_id, RESTORE)  # its file stays
             try:
-                offset = await self._room(copy.size)
+                offset = await self.room(RESTORE, copy.size)
             except BaseException:
                 store.unpin(object_id, RESTORE)
                 raise
@@ -132,19 +132,24 @@ class Spiller:
         store.unpin(object_id, RESTORE)  # last: once nobody holds it, its room may be taken
         return copy
 
-    async def _room(self, size: int) -> int:
+    async def room(self, process: bytes, size: int) -> int:
+        """Wait for room in the arena; its offset. Others go to disk for it where that helps.
+
+        Raises:
+            StoreFullError: there is none, and none came in time.
+        """
         room: asyncio.Future[int] = self._loop.create_future()
 
         def got(result: int | StoreFullError) -> None:
             if room.cancelled():
                 if isinstance(result, int):
-                    self._store.release(RESTORE, result)
+                    self._store.release(process, result)
             elif isinstance(result, StoreFullError):
                 room.set_exception(result)
             else:
                 room.set_result(result)
 
-        self._store.allocate(RESTORE, size, self._loop.time(), got)
+        self._store.allocate(process, size, self._loop.time(), got)
         self.look()
         return await room
 
